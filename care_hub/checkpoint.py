@@ -1,0 +1,85 @@
+"""Checkpoints: safetensors and JSON, complete or absent."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import CareHubError
+
+
+def save(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict, extra: dict, keep: int = 2) -> Path:
+    """Write `folder`/step-XXXXXXXX and drop all but the newest `keep`.
+
+    Files are written and synced under a temporary name in the same folder, then renamed: a crash leaves the old
+    checkpoints and no half one. `extra` is JSON (step, seconds, ...).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final, temporary = folder / f"step-{step:08d}", folder / f".writing-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    tensors, layout = _flatten(optimizer)
+    save_file({k: v.detach().cpu().contiguous() for k, v in model.items()}, temporary / "model.safetensors")
+    save_file(tensors, temporary / "optimizer.safetensors")
+    (temporary / "state.json").write_text(json.dumps(extra | {"step": step, "optimizer": layout}))
+    for path in temporary.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    for old in complete(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def complete(folder: Path) -> list[Path]:
+    """Checkpoints in `folder`, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+
+
+def load(folder: Path) -> tuple[dict[str, Tensor], dict, dict]:
+    """(model state, optimizer state, extra) of the newest checkpoint in `folder`; CareHubError if there is none."""
+    found = complete(folder)
+    if not found:
+        raise CareHubError(f"there is no complete checkpoint in '{folder}' to resume from.")
+    path = found[-1]
+    try:
+        extra = json.loads((path / "state.json").read_text())
+        model, tensors = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+        return model, _unflatten(tensors, extra.pop("optimizer")), extra
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CareHubError(f"the checkpoint '{path}' is damaged ({error}); remove it to resume from an older one.") from error
+
+
+def _flatten(optimizer: dict) -> tuple[dict[str, Tensor], dict]:
+    """An optimizer's state_dict as flat tensors and what JSON can hold."""
+    tensors, plain = {}, {}
+    for index, state in optimizer["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                plain[f"{index}.{name}"] = value
+    return tensors, {"param_groups": optimizer["param_groups"], "plain": plain}
+
+
+def _unflatten(tensors: dict[str, Tensor], layout: dict) -> dict:
+    state: dict[int, dict] = {}
+    for key, value in [*tensors.items(), *layout["plain"].items()]:
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": layout["param_groups"]}
+
+
+def fill(module: torch.nn.Module, state: dict[str, Tensor], where: Path) -> None:
+    """Load `state`, or say in one sentence why it is another model's."""
+    own = module.state_dict()
+    wrong = [k for k in [*own, *state] if k not in own or k not in state or own[k].shape != state[k].shape]
+    if wrong:
+        raise CareHubError(f"the checkpoint in '{where}' belongs to another model (first difference: {wrong[0]}).")
+    module.load_state_dict(state)

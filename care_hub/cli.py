@@ -1,0 +1,140 @@
+"""Words to actions: the options of train.py and the `care-hub` command."""
+
+import dataclasses
+import sys
+import typing
+from pathlib import Path
+
+import click
+
+from .config import TrainConfig, flag, read_yaml
+from .errors import CareHubError
+
+# What may change when a run is resumed; everything else would make it another run.
+FREE_ON_RESUME = {
+    "resume", "run_name", "save_root", "data_root", "max_steps", "num_workers", "log_with", "checkpoint_every", "knn_every", "dry_run", "compile",
+}  # fmt: skip
+
+
+class Command(click.Command):
+    """A command whose user errors are one sentence and exit status 1."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except CareHubError as error:
+            message = str(error)
+            raise click.ClickException(message[0].upper() + message[1:] if message[0].islower() else message) from error
+
+
+class Group(click.Group):
+    command_class = Command
+
+
+def train_options(command):
+    """One click option for each field of TrainConfig."""
+    kinds = typing.get_type_hints(TrainConfig)
+    for f in reversed(dataclasses.fields(TrainConfig)):
+        kind = next((k for k in typing.get_args(kinds[f.name]) if k is not type(None)), kinds[f.name])
+        settings = {"help": f.metadata["help"], "default": f.default, "show_default": f.default is not None}
+        if typing.get_origin(kinds[f.name]) is tuple:
+            settings |= {"nargs": len(typing.get_args(kinds[f.name])), "type": float}
+        elif kind is bool:
+            settings |= {"is_flag": True} if f.default is False else {}
+            name = flag(f.name) if f.default is False else f"{flag(f.name)}/--no-{flag(f.name)[2:]}"
+            command = click.option(name, f.name, **settings)(command)
+            continue
+        else:
+            settings["type"] = click.Choice(f.metadata["choices"]) if f.metadata["choices"] else kind
+        command = click.option(flag(f.name), f.name, **settings)(command)
+    return command
+
+
+def resolve(given: dict, config_file: str | None) -> TrainConfig:
+    """Options: defaults < the stored run (with --resume) < the YAML file < flags given by hand."""
+    values = read_yaml(config_file) if config_file else {}
+    values |= given
+    if values.get("resume") and values.get("run_name"):
+        stored = Path(values.get("save_root", TrainConfig.save_root)) / values["run_name"] / "config.yaml"
+        if not stored.is_file():
+            raise CareHubError(f"there is no run to resume at '{stored.parent}'.")
+        before = read_yaml(stored)
+        for name, value in values.items():
+            value = list(value) if isinstance(value, tuple) else value
+            if name not in FREE_ON_RESUME and before.get(name) != value:
+                raise CareHubError(
+                    f"{flag(name)} was {before.get(name)} in this run and can't become {value} on --resume; start a new run for that."
+                )
+        values = before | values
+    try:
+        return TrainConfig(**values)
+    except TypeError as error:
+        raise CareHubError(f"an option has a value of the wrong kind ({error}).") from error
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.option("--config", "config_file", metavar="FILE.yaml", help="a YAML file that sets any option below; flags given by hand win")
+@train_options
+@click.pass_context
+def train(context: click.Context, config_file: str | None, **values) -> None:
+    """Train CARE, or its plain baseline, and export the encoder."""
+    by_hand = {k: v for k, v in values.items() if context.get_parameter_source(k) != click.core.ParameterSource.DEFAULT}
+    config = resolve(by_hand, config_file)
+    from .trainer import train as run
+
+    run(config)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="care-hub")
+def main() -> None:
+    """Equivariant image embeddings."""
+
+
+@main.command()
+@click.argument("pictures", type=click.Path())
+@click.option("--encoder", required=True, help="a run folder or an export folder")
+@click.option("-o", "--output", required=True, type=click.Path(), help="a .parquet, .safetensors or .npy file")
+@click.option("--space", type=click.Choice(["projection", "backbone"]), default="projection", show_default=True, help="unit vectors that rotate, or raw features for probes")
+@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
+def embed(pictures: str, encoder: str, output: str, space: str, batch_size: int) -> None:
+    """Turn a folder of PICTURES (or one picture) into embeddings."""
+    writers = {".parquet": _write_parquet, ".safetensors": _write_safetensors, ".npy": _write_npy}
+    path = Path(output)
+    if path.suffix not in writers:
+        raise CareHubError(f"'{output}' must end in {', '.join(writers)}.")
+    if not path.absolute().parent.is_dir():
+        raise CareHubError(f"the folder '{path.parent}' for the output does not exist.")
+    source = Path(pictures)
+    if not source.exists():
+        raise CareHubError(f"there is no file or folder '{pictures}'.")
+    from .data.pictures import files
+    from .encoder import load_encoder
+
+    found = files(source) if source.is_dir() else [source]
+    z = load_encoder(encoder).encode(found, batch_size=batch_size, space=space, progress=sys.stderr.isatty())
+    names = [str(p.relative_to(source)) if source.is_dir() else p.name for p in found]
+    writers[path.suffix](path, names, z)
+    print(f"{len(z):,} embeddings of {z.shape[1]} numbers in {path}")
+
+
+def _write_parquet(path: Path, names: list[str], z) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), z.shape[1])
+    pq.write_table(pa.table({"path": names, "embedding": vectors}), path)
+
+
+def _write_safetensors(path: Path, names: list[str], z) -> None:
+    import json
+
+    from safetensors.numpy import save_file
+
+    save_file({"embeddings": z}, path, metadata={"paths": json.dumps(names)})
+
+
+def _write_npy(path: Path, names: list[str], z) -> None:
+    import numpy as np
+
+    np.save(path, z, allow_pickle=False)

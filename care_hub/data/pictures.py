@@ -1,0 +1,71 @@
+"""One picture, from wherever a person has it, to RGB of the size a network wants."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import CareHubError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+
+
+def files(folder: str | Path) -> list[Path]:
+    """All pictures below `folder`, sorted by path."""
+    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not found:
+        raise CareHubError(f"there are no pictures in '{folder}' (looked for {', '.join(sorted(SUFFIXES))}).")
+    return found
+
+
+def rgb(picture, name: str = "") -> Image.Image:
+    """A path, bytes, PIL image or uint8 array (HWC, HW) as an upright PIL RGB image.
+
+    Greyscale (also 16 bit), palette, CMYK and RGBA are converted. Raises CareHubError with the picture's name when it
+    can't be decoded, a file cut short included.
+    """
+    name = name or (str(picture) if isinstance(picture, str | Path) else "a picture")
+    try:
+        if isinstance(picture, np.ndarray):
+            picture = Image.fromarray(_array(picture))
+        elif isinstance(picture, bytes):
+            picture = Image.open(io.BytesIO(picture))
+        elif isinstance(picture, str | Path):
+            picture = Image.open(picture)
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
+            values = np.asarray(picture, dtype=np.float64)
+            picture = Image.fromarray((values / max(values.max(), 255) * 255).astype(np.uint8))
+        return picture.convert("RGB")
+    except FileNotFoundError:
+        raise CareHubError(f"there is no picture '{name}'.") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise CareHubError(f"{name} can't be decoded ({error}).") from error
+
+
+def _array(array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.uint8:
+        raise CareHubError(f"an image array must be uint8 (HWC), got {array.dtype}; floats in [0, 1] go in as NCHW tensors.")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise CareHubError(f"an image array must be HWC with 1, 3 or 4 channels, got the shape {array.shape}.")
+    return array
+
+
+def fit(picture: Image.Image, size: int, crop: float = 1.0) -> Image.Image:
+    """Resize the short side to `size / crop` (bicubic, antialiased) and cut out the central `size` x `size` square."""
+    short = round(size / crop)
+    width, height = picture.size
+    if min(width, height) != short:
+        scale = short / min(width, height)
+        picture = picture.resize((max(short, round(width * scale)), max(short, round(height * scale))), Image.Resampling.BICUBIC)
+    width, height = picture.size
+    left, top = (width - size) // 2, (height - size) // 2
+    return picture.crop((left, top, left + size, top + size)) if (width, height) != (size, size) else picture
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    """(3, H, W) uint8."""
+    return np.asarray(picture).transpose(2, 0, 1)

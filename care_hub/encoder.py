@@ -1,0 +1,275 @@
+"""Backbone + projection head: pictures in, embeddings out; saved as a folder that plain timm loads too."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .augment import normalise
+from .data import pictures
+from .errors import CareHubError
+from .models import SMALL, create_model, from_plain, to_plain
+
+SPACES = ("projection", "backbone")
+
+
+def projection_head(inputs: int, hidden: int, outputs: int, norm: bool) -> nn.Sequential:
+    """Linear - BatchNorm - ReLU - Linear (public CIFAR form), or Linear - ReLU - Linear without the norm (ImageNet-100)."""
+    middle = [nn.BatchNorm1d(hidden)] if norm else []
+    return nn.Sequential(nn.Linear(inputs, hidden, bias=not norm), *middle, nn.ReLU(inplace=True), nn.Linear(hidden, outputs))
+
+
+class Encoder(nn.Module):
+    """An image encoder whose embeddings live on the unit sphere.
+
+    `care` holds what rebuilds it and where it comes from: model, image_size, crop_pct, mean, std, projection (inputs,
+    hidden, outputs, norm; None without a head), and whatever training adds.
+    """
+
+    def __init__(self, care: dict):
+        super().__init__()
+        self.care = care
+        size = care["image_size"]
+        self.backbone = _backbone(care["model"], size)
+        head = care.get("projection")
+        self.projection = projection_head(**head) if head else None
+
+    @classmethod
+    def new(
+        cls, model: str, image_size: int = 32, mean=(0.5,) * 3, std=(0.25,) * 3, hidden: int = 512, outputs: int = 128,
+        norm: bool = True, crop_pct: float = 1.0,
+    ) -> "Encoder":  # fmt: skip
+        """A fresh encoder with random weights."""
+        care = {"model": model, "image_size": image_size, "crop_pct": crop_pct, "mean": list(mean), "std": list(std)}
+        inputs = _backbone(model, image_size).num_features
+        return cls(care | {"projection": {"inputs": inputs, "hidden": hidden, "outputs": outputs, "norm": norm}})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) normalised pictures -> (B, d) unit vectors (float32 also under autocast)."""
+        z = self.projection(self.features(x))
+        return F.normalize(z.float() if z.dtype in (torch.bfloat16, torch.float16) else z, dim=1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) normalised pictures -> (B, num_features), as timm pools them."""
+        return self.backbone(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @torch.no_grad()
+    def embed(self, x: Tensor, space: str = "projection", dtype: torch.dtype | None = None) -> Tensor:
+        """(B, 3, S, S) uint8 or float in [0, 1], of the encoder's own size -> (B, d) float32 on its device; eval mode."""
+        if space not in SPACES:
+            raise CareHubError(f"there is no space '{space}'; choose 'projection' or 'backbone'.")
+        if space == "projection" and self.projection is None:
+            raise CareHubError("this encoder has no projection head; ask for space='backbone'.")
+        training = self.training
+        self.eval()
+        try:
+            x = x.to(self.device, non_blocking=True)
+            x = normalise(x.float() / 255 if x.dtype == torch.uint8 else x.float(), self.care["mean"], self.care["std"])
+            with torch.autocast(self.device.type, dtype) if dtype not in (None, torch.float32) else nullcontext():
+                return (self(x) if space == "projection" else self.features(x)).float()
+        finally:
+            self.train(training)
+
+    def encode(
+        self, images, batch_size: int = 256, space: str = "projection", dtype: torch.dtype | None = None, progress: bool = False
+    ) -> np.ndarray:
+        """Embeddings of `images` as float32 (N, d), in their order.
+
+        `images`: a path, a folder (sorted, with sub-folders), a PIL image, a uint8 array (HWC or NHWC), a float tensor
+        in [0, 1] (NCHW or CHW), or a sequence of any of these, a `datasets` column included. `space`: "projection" for
+        unit vectors, "backbone" for raw features. Raises CareHubError for a picture that can't be decoded.
+        """
+        if batch_size < 1:
+            raise CareHubError(f"batch_size must be at least 1, got {batch_size}.")
+        items = _items(images)
+        if len(items) == 0:
+            raise CareHubError("there are no images to encode.")
+        parts = []
+        with tqdm(total=len(items), unit="image", desc="encoding", disable=not progress) as bar:
+            for batch in self._batches(items, batch_size):
+                parts.append(self.embed(batch, space, dtype).cpu())
+                bar.update(len(batch))
+        return torch.cat(parts).numpy()
+
+    def _batches(self, items, batch_size: int) -> Iterator[Tensor]:
+        """Decoded batches, one decoded ahead while the network works on the last."""
+        slices = [slice(k, k + batch_size) for k in range(0, len(items), batch_size)]
+        if isinstance(items, Tensor):
+            yield from (self._resize(items[s]) for s in slices)
+            return
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+            def submit(s: slice):
+                return [pool.submit(self._canvas, item) for item in items[s]]
+
+            ahead = submit(slices[0])
+            for following in [*slices[1:], None]:
+                current, ahead = ahead, submit(following) if following else []
+                yield torch.stack([f.result() for f in current])
+
+    def _canvas(self, item) -> Tensor:
+        if isinstance(item, Tensor):
+            return (self._resize(item[None])[0] * 255).round().byte()
+        if isinstance(item, dict):  # an undecoded cell of `datasets`
+            item = item.get("bytes") or item.get("path")
+        picture = pictures.fit(pictures.rgb(item), self.care["image_size"], self.care["crop_pct"])
+        return torch.from_numpy(pictures.pixels(picture).copy())
+
+    def _resize(self, x: Tensor) -> Tensor:
+        """Tensors to the encoder's size, as `pictures.fit` does for pictures."""
+        size = self.care["image_size"]
+        if x.shape[-2:] == (size, size):
+            return x
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        short, (height, width) = round(size / self.care["crop_pct"]), x.shape[-2:]
+        scale = short / min(height, width)
+        shape = [max(short, round(height * scale)), max(short, round(width * scale))]
+        x = F.interpolate(x, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+        return x[..., top : top + size, left : left + size]
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write config.json, model.safetensors (backbone, plain timm) and projection.safetensors (if there is a head)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = SMALL.get(self.care["model"])
+        state = {k: v.detach().cpu().contiguous() for k, v in self.backbone.state_dict().items()}
+        files = {"model.safetensors": to_plain(state, stem) if stem else state}
+        if self.projection is not None:
+            files["projection.safetensors"] = {k: v.detach().cpu().contiguous() for k, v in self.projection.state_dict().items()}
+        for name, tensors in files.items():
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+        config = timm_config(self.care, self.backbone)
+        config["care"] = self.care | {"sha256": {name: sha256(folder / name) for name in files}}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "Encoder":
+        """Load an export folder, or a run folder that holds one. Raises CareHubError where anything does not fit."""
+        folder = Path(source)
+        folder = folder / "export" if (folder / "export" / "config.json").is_file() else folder
+        if not (folder / "config.json").is_file():
+            raise CareHubError(f"'{source}' is not an export folder or a run folder with one (no config.json there).")
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            care = config["care"]
+            care = care if (folder / "projection.safetensors").is_file() else care | {"projection": None}
+            encoder = cls(care)
+            if (expected := timm_config(care, encoder.backbone)["architecture"]) != config["architecture"]:
+                raise CareHubError(f"'{folder / 'config.json'}' contradicts itself: its model is {care['model']}, "
+                                   f"which timm knows as {expected}, not {config['architecture']}.")  # fmt: skip
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CareHubError(f"'{folder / 'config.json'}' is not a care_hub configuration ({error!r}).") from error
+        _check_sums(folder, care.get("sha256", {}))
+        state = _tensors(folder / "model.safetensors")
+        stem = SMALL.get(care["model"])
+        _fill(encoder.backbone, from_plain(state, stem) if stem else state, folder / "model.safetensors")
+        if encoder.projection is not None:
+            _fill(encoder.projection, _tensors(folder / "projection.safetensors"), folder / "projection.safetensors")
+        return encoder.eval()
+
+
+def load_encoder(source: str | Path) -> Encoder:
+    """The encoder in a run folder or an export folder, in eval mode, on the GPU if there is one."""
+    return Encoder.from_pretrained(source).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _backbone(model: str, size: int) -> nn.Module:
+    import timm
+
+    fixed = timm.is_model(model) and timm.get_pretrained_cfg(model) is not None and timm.get_pretrained_cfg(model).fixed_input_size
+    return create_model(model, **({"img_size": size} if fixed else {})).to(memory_format=torch.channels_last)
+
+
+def timm_config(care: dict, backbone: nn.Module) -> dict:
+    """timm's Hub schema: what `timm.create_model("hf-hub:...", pretrained=True)` reads."""
+    stem = SMALL.get(care["model"])
+    size = care["image_size"] * (stem.upsampling if stem else 1)
+    base = backbone.pretrained_cfg
+    args = {"replace_stem_pool": True} | stem.model_args if stem else {}
+    if not stem and base.get("fixed_input_size"):
+        args = {"img_size": size}
+    return {
+        "architecture": stem.plain if stem else care["model"],
+        "num_classes": 0,
+        "num_features": backbone.num_features,
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "interpolation": "nearest" if stem else "bicubic",
+            "crop_pct": care["crop_pct"],
+            "mean": care["mean"],
+            "std": care["std"],
+            "first_conv": base["first_conv"],
+            "classifier": base["classifier"],
+        },
+        **({"model_args": args} if args else {}),
+    }
+
+
+def _items(images):
+    """Anything `encode` accepts -> a tensor (NCHW) or something with a length and slices."""
+    if isinstance(images, Tensor):
+        if images.ndim not in (3, 4) or images.shape[-3] != 3:
+            raise CareHubError(f"an image tensor must be (N, 3, H, W) or (3, H, W), got {tuple(images.shape)}.")
+        if images.dtype != torch.uint8 and images.numel() and not 0 <= float(images.min()) <= float(images.max()) <= 1:
+            raise CareHubError("a float image tensor must lie in [0, 1]; normalisation is the encoder's own business.")
+        return images if images.ndim == 4 else images[None]
+    if isinstance(images, np.ndarray):
+        return images if images.ndim == 4 else [images]
+    if isinstance(images, str | Path):
+        return pictures.files(images) if Path(images).is_dir() else [images]
+    if isinstance(images, Image.Image | bytes | dict):
+        return [images]
+    return images if hasattr(images, "__getitem__") and hasattr(images, "__len__") else list(images)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+
+
+def _check_sums(folder: Path, sums: dict[str, str]) -> None:
+    for name, expected in sums.items():
+        path = folder / Path(name).name
+        if path.is_file() and sha256(path) != expected:
+            raise CareHubError(f"'{path}' is damaged: its sha256 is not the one in config.json; fetch or export it again.")
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        state = load_file(path)
+    except FileNotFoundError:
+        raise CareHubError(f"'{path}' is missing; the export is incomplete.") from None
+    except (SafetensorError, OSError) as error:
+        raise CareHubError(f"'{path}' is not a complete safetensors file ({error}).") from error
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not math.isfinite(float(tensor.double().abs().sum())):
+            raise CareHubError(f"'{path}' holds values that are not finite numbers (in {name}).")
+    return state
+
+
+def _fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    wanted = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in state.items()}
+    if wanted != found:
+        wrong = next(k for k in [*wanted, *found] if wanted.get(k) != found.get(k))
+        raise CareHubError(f"'{path}' does not fit its config.json: {wrong} should be {wanted.get(wrong)} and is {found.get(wrong)}.")
+    module.load_state_dict(state)
