@@ -1,0 +1,72 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("CARE_HUB_TEST_DATA", ROOT.parent / "shared"))  # real data, where it is at hand
+
+torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
+
+
+@pytest.fixture
+def shared():
+    """`shared("data/cifar10")`: a path to real data; skips the test where there is none."""
+
+    def find(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"{name} is not at hand")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Class folders of smooth random pictures: train/ and test/, two classes, 24 + 8 of 40 x 48 pixels."""
+    root = tmp_path_factory.mktemp("photos")
+    draw = np.random.RandomState(0)
+    for split, count in (("train", 24), ("test", 8)):
+        for name in ("warm", "cold"):
+            (root / split / name).mkdir(parents=True)
+            for k in range(count):
+                small = draw.randint(0, 256, (5, 6, 3)).astype(np.uint8)
+                small[..., 2 if name == "warm" else 0] //= 4
+                Image.fromarray(small).resize((48, 40), Image.Resampling.BICUBIC).save(root / split / name / f"{k:02d}.png")
+    return root
+
+
+TINY = ("--batch-size", "16", "--equiv-splits", "4", "--projection-hidden", "32", "--projection-dim", "16", "--knn-bank", "200")
+
+
+def run(*words, ok: bool = True, cwd=None, env=None, timeout: int = 240) -> subprocess.CompletedProcess:
+    """Run a command as a person would; fails the test with its output if the exit status is not as expected."""
+    words = [sys.executable if w == "python" else str(w) for w in words]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path} | (env or {})
+    done = subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=environment, timeout=timeout)
+    assert (done.returncode == 0) == ok, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def train(root: Path, *flags, ok: bool = True, launcher=("python",), env=None) -> subprocess.CompletedProcess:
+    return run(*launcher, ROOT / "train.py", "--save-root", root, *TINY, *flags, ok=ok, env=env)
+
+
+def metrics(run_folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """The run folder of a few CARE steps on `shapes`."""
+    root = tmp_path_factory.mktemp("runs")
+    train(root, "--max-steps", "6", "--run-name", "tiny", "--knn-every", "1")
+    return root / "tiny"
