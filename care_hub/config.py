@@ -27,34 +27,34 @@ class TrainConfig:
     skip_broken_images: bool = option(False, "count and name pictures that can't be decoded instead of stopping")
     num_workers: int = option(2, "loader processes, for data sets too large to be held in memory")
     # model
-    model: str = option("resnet10_w32_small", "any timm backbone; small-image stems as resnet18_cifar, resnet50_cifar, ...")
+    model: str = option("resnet10_w16_small", "any timm backbone; small-image stems as resnet18_cifar, resnet50_cifar, ...")
     projection_hidden: int = option(512, "hidden width of the projection head")
     projection_dim: int = option(128, "dimension of the sphere on which rotations act")
     projection_norm: bool = option(True, "BatchNorm in the projection head")
     # method
     method: str = option("simclr", "simclr or moco", ("simclr",))
-    weight: float = option(0.1, "lambda, the weight of the equivariance loss; 0 = the plain method")
+    weight: float = option(0.2, "lambda, the weight of the equivariance loss; 0 = the plain method")
     train_simclr: bool = option(False, "the plain method, as --weight 0")
-    equiv_splits: int = option(16, "groups in the global batch; the images of a group share one augmentation")
+    equiv_splits: int = option(8, "groups in the global batch; the images of a group share one augmentation")
     equivariant_batch_size: int | None = option(None, "how much of the global batch the equivariance loss sees (default: all of it)")
     loss_subtype: str = option("infonce", "contrastive part: infonce, alignment, uniformity, none", ("infonce", "alignment", "uniformity", "none"))
     augmentation_scope: str = option("group", "group: one draw per group; batch: one pair a step, as the public code does in effect", ("group", "batch"))
     views: str = option("separate", "separate: a second pair of views for equivariance; shared: one pair for both losses", ("separate", "shared"))
     temperature: float = option(0.2, "temperature of InfoNCE")
     # augmentation
-    crop_scale: float = option(0.3, "smallest crop, as a fraction of the picture's area")
-    jitter: tuple[float, float, float, float] = option((0.6, 0.6, 0.6, 0.5), "colour jitter: brightness, contrast, saturation, hue")
+    crop_scale: float = option(0.25, "smallest crop, as a fraction of the picture's area")
+    jitter: tuple[float, float, float, float] = option((0.3, 0.3, 0.3, 0.5), "colour jitter: brightness, contrast, saturation, hue")
     jitter_p: float = option(0.8, "probability of colour jitter")
-    greyscale: float = option(0.2, "probability of greyscale")
-    blur: float = option(0.5, "probability of Gaussian blur")
+    greyscale: float = option(0.1, "probability of greyscale")
+    blur: float = option(0.2, "probability of Gaussian blur")
     blur_taps: int = option(3, "width of the blur kernel in pixels, odd")
     # optimisation
-    epochs: int = option(20, "passes over the training images")
-    batch_size: int = option(128, "images per micro-batch over all processes together")
+    epochs: int = option(25, "passes over the training images")
+    batch_size: int = option(64, "images per micro-batch over all processes together")
     gradient_accumulation: int = option(1, "micro-batches averaged per optimiser step; negatives and groups are those of one micro-batch")
-    optimizer: str = option("adamw", "adam, adamw, sgd or lars", ("adam", "adamw", "sgd", "lars"))
-    lr: float = option(2e-3, "peak learning rate")
-    weight_decay: float = option(1e-4, "weight decay")
+    optimizer: str = option("sgd", "adam, adamw, sgd or lars", ("adam", "adamw", "sgd", "lars"))
+    lr: float = option(0.2, "peak learning rate")
+    weight_decay: float = option(5e-4, "weight decay")
     momentum: float = option(0.9, "momentum of sgd and lars")
     lr_schedule_type: str = option("cosine", "constant or cosine, per step", ("constant", "cosine"))
     warmup_epochs: float = option(1, "epochs of linear warm-up")
@@ -63,7 +63,7 @@ class TrainConfig:
     compile: bool = option(False, "torch.compile the network")
     # run
     max_steps: int | None = option(None, "stop and export after so many optimiser steps")
-    knn_every: int = option(5, "epochs between kNN checks, 0 = never")
+    knn_every: int | None = option(None, "epochs between kNN checks, 0 = never (default: 5; with --max-steps 0)")
     knn_bank: int = option(5000, "images in the bank of the kNN check")
     checkpoint_every: int | None = option(None, "steps between checkpoints (default: an epoch)")
     save_root: str = option("runs", "where run folders are made")
@@ -79,6 +79,8 @@ class TrainConfig:
             if choices and value not in choices:
                 raise CareHubError(f"{flag(f.name)} can't be '{value}'{suggest(str(value), choices)}; choose from {', '.join(choices)}.")
         self.jitter = tuple(self.jitter)
+        if self.knn_every is None:
+            self.knn_every = 0 if self.max_steps else 5
         if self.train_simclr:
             self.weight = 0.0
         self._check()

@@ -1,7 +1,7 @@
 """Architectures: timm's registry plus ResNets for small images.
 
-`*_cifar`: the published CIFAR form, a 3x3 stride-1 stem without a pool. `resnet10_w32_small`: a narrow network with a
-3x3 stride-2 stem that trains on two CPU cores. timm can't build these stems from a config, yet both have an exact twin
+`*_cifar`: the published CIFAR form, a 3x3 stride-1 stem without a pool. `*_small`: a stem of stride 2, in narrow networks
+that train on two CPU cores (`w16`: 16 channels in the first stage). timm can't build these stems from a config, yet both have an exact twin
 in plain timm (`to_plain`), in which exports are stored; `from_plain` is its inverse.
 """
 
@@ -56,6 +56,7 @@ SMALL = {
     "resnet34_cifar": Stem("resnet34", 1),
     "resnet50_cifar": Stem("resnet50", 1),
     "resnet18_w16_cifar": Stem("resnet18", 1, {"channels": [16, 32, 64, 128]}),
+    "resnet10_w16_small": Stem("resnet18", 2, {"channels": [16, 32, 64, 128], "layers": [1, 1, 1, 1]}),
     "resnet10_w32_small": Stem("resnet18", 2, {"channels": [32, 64, 128, 256], "layers": [1, 1, 1, 1]}),
 }
 _BLOCKS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)), "resnet50": (Bottleneck, (3, 4, 6, 3))}

@@ -21,7 +21,7 @@ def closing_screen(config: TrainConfig, run: Path, results: dict, skipped: list[
     for key, title in SCALE.items():
         if key in results:
             lines.append(f"  {title:<22}{results[key]:6.1f} %   (backbone features, held-out images)")
-    lines += [
+    lines += [] if "gram_deviation" not in results else [
         f"  {'invariance error':<22}{results['invariance_error']:6.3f}     how far an augmentation moves an embedding, |f(ax) - f(x)|^2",
         f"  {'rotation error':<22}{results['rotation_error']:6.3f}     what is left after one fitted rotation for all images",
         f"  {'ratio':<22}{results['rotation_invariance_ratio']:6.3f}     of the two, averaged over 16 augmentations; 1 = rotating helps nothing",

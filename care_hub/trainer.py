@@ -1,5 +1,6 @@
 """The training loop."""
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -173,6 +174,8 @@ def use_all_cores(device: torch.device) -> int:
     if device.type == "cpu" and int(os.environ.get("OMP_NUM_THREADS", "1") or 1) <= 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: glibc would map and unmap every large tensor anew, page fault by page fault
     return torch.get_num_threads()
 
 
@@ -291,8 +294,10 @@ class Log:
         self.seconds, self.steps = self.seconds + seconds, self.steps + 1
         self.pending.append((step, lr, seconds, torch.stack(self.micro).mean(dim=0)))
         self.micro = []
-        if self.steps == 3 and self.main:
-            left = self.seconds / 3 * (self.plan.stop - step - 1)
+        if self.steps == 1:
+            self.first = seconds  # slower than the rest
+        if self.steps == 4 and self.main:
+            left = (self.seconds - self.first) / 3 * (self.plan.stop - step - 1)
             self.bar.write(f"about {left / 60:.1f} minutes of training to go on this machine")
         if len(self.pending) >= self.block:
             self.flush()
@@ -367,12 +372,15 @@ def knn(config, encoder, data, accelerator, column: str | None = None) -> float 
 
 
 def closing(config: TrainConfig, encoder: Encoder, data: dict, recipe: augment.Recipe, accelerator: Accelerator) -> dict:
-    """The closing figures: kNN, and the rotation protocol on 2,000 held-out images (half fitted, half measured)."""
-    results = {}
-    if config.max_steps is None or config.knn_every:
-        results["knn_top1"] = knn(config, encoder, data, accelerator)
-        if config.dataset_name == "shapes":
-            results["knn_color_top1"] = knn(config, encoder, data, accelerator, column="color")
+    """The closing figures: kNN, and the rotation protocol on 2,000 held-out images (half fitted, half measured).
+
+    A run cut short by --max-steps is measured only if --knn-every asks for it.
+    """
+    if config.max_steps and not config.knn_every:
+        return {}
+    results = {"knn_top1": knn(config, encoder, data, accelerator)}
+    if config.dataset_name == "shapes":
+        results["knn_color_top1"] = knn(config, encoder, data, accelerator, column="color")
     if accelerator.is_main_process:
         images = data["test"] or data["train"]
         some = images.take(torch.arange(min(2000, len(images))))

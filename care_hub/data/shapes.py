@@ -18,7 +18,7 @@ COLORS = {
     "pink": (240, 110, 170),
 }
 SIDE = 32  # pixels
-SIZES = {"train": 4000, "test": 2000}
+SIZES = {"train": 5000, "test": 2000}
 _FINE = 4  # sample points per pixel side
 
 # Corners in the unit disk, x to the right, y down.
@@ -66,9 +66,9 @@ def _inside(shape: str, x, y):
 
 def factors(n: int, seed: int) -> dict[str, np.ndarray]:
     """What is drawn in each picture: label, color (indices), x, y (centre, pixels), size (radius, pixels),
-    rotation (degrees, counter-clockwise, within a quarter turn either way), background (grey level)."""
+    rotation (degrees, counter-clockwise, up to 30 either way), background (grey level)."""
     u = np.random.RandomState(seed).random_sample((n, 7))
-    size = 7 + 5 * u[:, 2]
+    size = 9 + 4 * u[:, 2]
     room = SIDE - 2 * size
     return {
         "label": (u[:, 0] * len(SHAPES)).astype(np.int64),
@@ -76,7 +76,7 @@ def factors(n: int, seed: int) -> dict[str, np.ndarray]:
         "size": size,
         "x": size + room * u[:, 3],
         "y": size + room * u[:, 4],
-        "rotation": 180 * u[:, 5] - 90,
+        "rotation": 60 * u[:, 5] - 30,
         "background": (60 + 140 * u[:, 6]).astype(np.int64),
     }
 

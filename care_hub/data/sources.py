@@ -193,10 +193,10 @@ def _images(rows, name, split, about, size, image_column, label_column, workers,
             raise CareHubError(f"data set '{name}' has no label column '{label}' (its columns: {', '.join(features)}); use --label-column.")
         label = None
     numbers = [k for k, v in features.items() if isinstance(v, ClassLabel) or (isinstance(v, Value) and v.dtype != "string")]
-    columns = {k: torch.as_tensor(np.asarray(rows[k])) for k in numbers if None not in rows.unique(k)[:1]} if name == "shapes" else {}
+    columns = {k: torch.as_tensor(rows[k]) for k in numbers} if name == "shapes" else {}
     y = torch.as_tensor([-1 if v is None else int(v) for v in rows[label]]) if label else None
     names = features[label].names if label and isinstance(features[label], ClassLabel) else None
-    cells = rows.select_columns([image]).rename_column(image, "image").cast_column("image", Image(decode=False))
+    cells = rows.select_columns([image]).rename_columns({image: "image"}).cast_column("image", Image(decode=False))
     images = Images(size, y, names, rows=cells, columns=columns, workers=workers)
     if len(cells) * 3 * size * size > HELD_BYTES:
         images.size = round(size * 8 / 7)
