@@ -32,7 +32,7 @@ class TrainConfig:
     projection_dim: int = option(128, "dimension of the sphere on which rotations act")
     projection_norm: bool = option(True, "BatchNorm in the projection head")
     # method
-    method: str = option("simclr", "simclr or moco", ("simclr",))
+    method: str = option("simclr", "simclr or moco", ("simclr", "moco"))
     weight: float = option(0.2, "lambda, the weight of the equivariance loss; 0 = the plain method")
     train_simclr: bool = option(False, "the plain method, as --weight 0")
     equiv_splits: int = option(8, "groups in the global batch; the images of a group share one augmentation")
@@ -40,6 +40,8 @@ class TrainConfig:
     loss_subtype: str = option("infonce", "contrastive part: infonce, alignment, uniformity, none", ("infonce", "alignment", "uniformity", "none"))
     augmentation_scope: str = option("group", "group: one draw per group; batch: one pair a step, as the public code does in effect", ("group", "batch"))
     views: str = option("separate", "separate: a second pair of views for equivariance; shared: one pair for both losses", ("separate", "shared"))
+    queue_size: int | None = option(None, "MoCo: keys in the queue (default: 65,536, at most half the data set, a multiple of the batch)")
+    momentum_encoder: float = option(0.99, "MoCo: momentum of the key encoder")
     temperature: float = option(0.2, "temperature of InfoNCE")
     # augmentation
     crop_scale: float = option(0.25, "smallest crop, as a fraction of the picture's area")
@@ -102,6 +104,13 @@ class TrainConfig:
             raise CareHubError("--resume needs --run-name, the folder to go on with.")
         if self.weight == 0 and self.loss_subtype == "none":
             raise CareHubError("--loss-subtype none with --weight 0 leaves no loss at all; give one of them a value.")
+        if not 0 <= self.momentum_encoder <= 1:
+            raise CareHubError(f"--momentum-encoder must lie in [0, 1], got {self.momentum_encoder}.")
+        if self.method == "moco" and self.loss_subtype != "infonce":
+            raise CareHubError(f"--loss-subtype {self.loss_subtype} is a part of SimCLR's loss; with --method moco use infonce.")
+        if self.queue_size is not None and (self.queue_size <= 0 or self.queue_size % self.batch_size):
+            near = max(1, round(self.queue_size / self.batch_size)) * self.batch_size
+            raise CareHubError(f"--queue-size {self.queue_size} is not a multiple of --batch-size; the nearest that is: {near}.")
         if self.weight:
             self._check_groups()
 
@@ -123,6 +132,10 @@ class TrainConfig:
             if value % count:
                 near = max(count, round(value / count) * count)
                 raise CareHubError(f"{flag(name)} {value} does not divide among {count} processes; the nearest that does is {near}.")
+
+    def queue_for(self, images: int) -> int:
+        """Size of MoCo's queue for so many training images: a longer one would hold the image's own older keys."""
+        return self.queue_size or max(1, min(65536, images // 2) // self.batch_size) * self.batch_size
 
     @property
     def label(self) -> str:

@@ -1,6 +1,12 @@
-"""Views -> losses: SimCLR, and CARE on top of it. Every loss is that of the global batch, the same on every process."""
+"""Views -> losses: SimCLR and MoCo-v2, and CARE on top of either.
+
+Every loss is that of the global batch, the same on every process.
+"""
+
+import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import losses
@@ -23,14 +29,54 @@ class SimCLR(nn.Module):
     def forward(self, views: Tensor, group_views: Tensor | None = None) -> dict[str, Tensor]:
         """`views`: (2b, 3, S, S), first view then second; `group_views` the same for the pair drawn per group, None if
         `views` themselves were drawn per group or `weight` is 0. Returns the scalars loss, infonce, equivariance."""
-        z1, z2 = self._embed(views)
-        contrastive = losses.contrastive(z1, z2, self.temperature, self.subtype)
+        contrastive, pair = self.contrastive(views)
         equivariance = contrastive.new_zeros(())
         if self.weight:
-            if group_views is not None:
-                z1, z2 = self._embed(group_views)
-            equivariance = losses.equivariance(z1, z2, self.groups)
+            pair = pair or self.embed(views) if group_views is None else self.embed(group_views)
+            equivariance = losses.equivariance(*pair, self.groups)
         return {"loss": contrastive + self.weight * equivariance, "infonce": contrastive, "equivariance": equivariance}
 
-    def _embed(self, views: Tensor) -> list[Tensor]:
+    def contrastive(self, views: Tensor) -> tuple[Tensor, list[Tensor] | None]:
+        """The contrastive loss, and the two embeddings of the global batch where it has them."""
+        pair = self.embed(views)
+        return losses.contrastive(*pair, self.temperature, self.subtype), pair
+
+    def embed(self, views: Tensor) -> list[Tensor]:
+        """(2b, ...) of this process -> two (B, d) of all."""
         return [gather(z) for z in self.encoder(views).chunk(2)]
+
+    def after_step(self) -> None:
+        """Called once after every optimiser step."""
+
+
+class MoCo(SimCLR):
+    """MoCo-v2 (He et al. 2020; Chen et al. 2020b): queries against their keys and a queue of older keys.
+
+    Keys come from a momentum copy of the encoder and enter the queue after they were scored. The equivariance loss is
+    taken on the query encoder.
+    """
+
+    def __init__(self, encoder: nn.Module, temperature: float, weight: float, groups: int, queue_size: int, momentum: float):
+        super().__init__(encoder, temperature, weight, groups)
+        self.momentum = momentum
+        self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        dim = encoder.care["projection"]["outputs"]
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
+        self.register_buffer("place", torch.zeros((), dtype=torch.long))
+
+    def contrastive(self, views: Tensor) -> tuple[Tensor, None]:
+        first, second = views.chunk(2)
+        queries = gather(self.encoder(first))
+        with torch.no_grad():
+            keys = gather(self.key_encoder(second)).to(self.queue.dtype)
+        loss = losses.moco(queries, keys, self.queue.clone(), self.temperature)
+        where = (self.place + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[where] = keys
+        self.place.copy_((self.place + len(keys)) % len(self.queue))
+        return loss, None
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        pairs = zip(self.key_encoder.parameters(), self.encoder.parameters(), strict=True)
+        for key, query in pairs:
+            key.lerp_(query, 1 - self.momentum)

@@ -26,7 +26,7 @@ from .encoder import Encoder
 from .errors import CareHubError
 from .evaluate.equivariance import augmented, rotation_errors
 from .evaluate.knn import knn_top1
-from .methods import SimCLR
+from .methods import MoCo, SimCLR
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def train(config: TrainConfig) -> dict:
     config.check_processes(processes)
     threads = use_all_cores(accelerator.device)
 
-    data = {s: load_split(config, s, main) for s in ("train", "test")}
+    with accelerator.local_main_process_first():  # one process fills the cache of `datasets`
+        data = {s: load_split(config, s, main) for s in ("train", "test")}
     plan = Plan.of(config, len(data["train"]))
     recipe = recipe_of(config, data["train"])
     torch.manual_seed(config.seed)
@@ -77,8 +78,7 @@ def train(config: TrainConfig) -> dict:
         return {}
 
     run = open_run(config, main)
-    method = SimCLR(encoder, config.temperature, config.weight, config.equiv_splits, config.loss_subtype)
-    method = global_batch_norm(method, accelerator.device)
+    method = global_batch_norm(make_method(config, encoder, len(data["train"])), accelerator.device)
     if config.compile:
         encoder.backbone.compile()
     method, optimizer = accelerator.prepare(method, make_optimizer(config, method))
@@ -109,6 +109,7 @@ def train(config: TrainConfig) -> dict:
                 log.losses(losses)
             optimizer.step()
             optimizer.zero_grad()
+            accelerator.unwrap_model(method).after_step()
             log.step(step, lr, time.perf_counter() - began)
 
             done, epoch_done = step + 1, (step + 1) % plan.steps_per_epoch == 0
@@ -126,7 +127,9 @@ def train(config: TrainConfig) -> dict:
 
     save(plan.stop)
     results = closing(config, encoder, data, recipe, accelerator)
-    results |= {"training_seconds": round(seconds + log.seconds, 1), "images_per_second": round(log.images_per_second, 1)}
+    seconds += log.seconds
+    images = plan.stop * config.batch_size * config.gradient_accumulation
+    results |= {"training_seconds": round(seconds, 1), "images_per_second": round(images / seconds, 1)}
     if main:
         export(run, config, encoder, data, results)
     accelerator.end_training()
@@ -192,6 +195,13 @@ def recipe_of(config: TrainConfig, images: sources.Images) -> augment.Recipe:
         size=config.image_size or about.size, scale=(config.crop_scale, 1.0), jitter=config.jitter, jitter_p=config.jitter_p,
         greyscale=config.greyscale, blur=config.blur, blur_taps=config.blur_taps, mean=about.statistics[0], std=about.statistics[1],
     )  # fmt: skip
+
+
+def make_method(config: TrainConfig, encoder: Encoder, images: int) -> SimCLR:
+    arguments = (encoder, config.temperature, config.weight, config.equiv_splits)
+    if config.method == "moco":
+        return MoCo(*arguments, config.queue_for(images), config.momentum_encoder)
+    return SimCLR(*arguments, config.loss_subtype)
 
 
 def make_optimizer(config: TrainConfig, method: torch.nn.Module) -> torch.optim.Optimizer:
@@ -283,10 +293,6 @@ class Log:
             lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
             path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
 
-    @property
-    def images_per_second(self) -> float:
-        return self.steps * self.config.batch_size * self.config.gradient_accumulation / max(self.seconds, 1e-9)
-
     def losses(self, losses: dict[str, Tensor]) -> None:
         self.micro.append(torch.stack([losses[k].detach().float() for k in ("loss", "infonce", "equivariance")]))
 
@@ -353,9 +359,11 @@ def center(x: Tensor, size: int) -> Tensor:
 
 
 def bank_of(config: TrainConfig, images: sources.Images) -> sources.Images:
-    if len(images) <= config.knn_bank:
+    """`knn_bank` labelled pictures, fixed by the seed (the unlabeled ones of stl10 have no vote)."""
+    labelled = (images.labels >= 0).nonzero().squeeze(1)
+    if len(labelled) == len(images) <= config.knn_bank:
         return images
-    return images.take(torch.randperm(len(images), generator=augment.generator(config.seed, "bank"))[: config.knn_bank])
+    return images.take(labelled[torch.randperm(len(labelled), generator=augment.generator(config.seed, "bank"))][: config.knn_bank])
 
 
 def knn(config, encoder, data, accelerator, column: str | None = None) -> float | None:
@@ -363,12 +371,9 @@ def knn(config, encoder, data, accelerator, column: str | None = None) -> float 
     if data["test"] is None or data["test"].labels is None or data["train"].labels is None:
         return None
     bank = bank_of(config, data["train"])
-    truth = [images.columns[column] if column else images.labels for images in (bank, data["test"])]
-    features = [embed_all(encoder, images, accelerator, "backbone") for images in (bank, data["test"])]
-    labelled = truth[0] >= 0  # stl10's unlabeled pictures have no vote
-    features[0], truth[0] = features[0][labelled.to(features[0].device)], truth[0][labelled]
-    labels, answers = (t.to(accelerator.device) for t in truth)
-    return knn_top1(features[0], labels, features[1], answers) if len(labels) else None
+    labels, truth = ((i.columns[column] if column else i.labels).to(accelerator.device) for i in (bank, data["test"]))
+    features, queries = (embed_all(encoder, images, accelerator, "backbone") for images in (bank, data["test"]))
+    return knn_top1(features, labels, queries, truth) if len(labels) else None
 
 
 def closing(config: TrainConfig, encoder: Encoder, data: dict, recipe: augment.Recipe, accelerator: Accelerator) -> dict:
