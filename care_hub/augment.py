@@ -8,7 +8,7 @@ number of processes. With equal parameters every operation equals torchvision's 
 import dataclasses
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,20 +82,29 @@ def draw(recipe: Recipe, n: int, height: int, width: int, generator: torch.Gener
 
 
 def pair(
-    images: Tensor, recipe: Recipe, seed: int, step: int, stream: str, draws: int, rank: int = 0, processes: int = 1
+    images: Tensor, recipe: Recipe, seed: int, step: int, stream: str, draws: int, rank: int = 0, processes: int = 1, cropped: bool = False
 ) -> Tensor:
     """Two views of this process's part of a global batch: (b, 3, H, W) -> (2b, 3, size, size), first view first.
 
     The batch of all processes holds b * `processes` images; each of the `draws` augmentations of a view serves an equal
     number of consecutive ones. What is drawn depends on (seed, stream, step) and the position in the global batch only.
+    `cropped`: no crop here; the pictures have their size, and may be (b, 2, 3, size, size), cut for each view.
     """
     share = len(images) * processes // draws
     mine = slice(rank * len(images), (rank + 1) * len(images))
     views = []
     for view in (0, 1):
-        drawn = draw(recipe, draws, *images.shape[2:], generator(seed, stream, step, view))
-        views.append(apply(images, drawn.repeat(share).rows(mine), recipe))
+        pictures = images[:, view] if images.ndim == 5 else images
+        drawn = draw(recipe, draws, *pictures.shape[2:], generator(seed, stream, step, view))
+        if cropped:
+            drawn = replace(drawn, box=torch.tensor([[0, 0, *pictures.shape[2:]]]).expand(draws, -1))
+        views.append(apply(pictures, drawn.repeat(share).rows(mine), recipe))
     return torch.cat(views)
+
+
+def crop_box(recipe: Recipe, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """One random crop of a picture of any size: top, left, height, width."""
+    return tuple(_crop_boxes(recipe, 1, height, width, generator)[0].tolist())
 
 
 def _crop_boxes(recipe: Recipe, n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -135,6 +144,8 @@ def normalise(x: Tensor, mean, std) -> Tensor:
 
 def crop(x: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
     """Resized crop as two matrix products; flipped ones have their column matrix reversed."""
+    if x.shape[2:] == (size, size) and (box == torch.tensor([0, 0, size, size])).all():
+        return torch.where(flip.to(x.device, non_blocking=True)[:, None, None, None], x.flip(3), x)
     rows = _resize_matrix(box[:, 0], box[:, 2], x.shape[2], size)
     columns = _resize_matrix(box[:, 1], box[:, 3], x.shape[3], size)
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)

@@ -11,9 +11,8 @@ from .config import TrainConfig, flag, read_yaml
 from .errors import CareHubError
 
 # What may change when a run is resumed; everything else would make it another run.
-FREE_ON_RESUME = {
-    "resume", "run_name", "save_root", "data_root", "max_steps", "num_workers", "log_with", "checkpoint_every", "knn_every", "dry_run", "compile",
-}  # fmt: skip
+FREE_ON_RESUME = {"resume", "run_name", "save_root", "data_root", "max_steps", "num_workers", "log_with"}
+FREE_ON_RESUME |= {"checkpoint_every", "knn_every", "dry_run", "compile"}
 
 
 class Command(click.Command):
@@ -95,7 +94,13 @@ def main() -> None:
 @click.argument("pictures", type=click.Path())
 @click.option("--encoder", required=True, help="a run folder or an export folder")
 @click.option("-o", "--output", required=True, type=click.Path(), help="a .parquet, .safetensors or .npy file")
-@click.option("--space", type=click.Choice(["projection", "backbone"]), default="projection", show_default=True, help="unit vectors that rotate, or raw features for probes")
+@click.option(
+    "--space",
+    type=click.Choice(["projection", "backbone"]),
+    default="projection",
+    show_default=True,
+    help="unit vectors that rotate, or raw features for probes",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
 def embed(pictures: str, encoder: str, output: str, space: str, batch_size: int) -> None:
     """Turn a folder of PICTURES (or one picture) into embeddings."""

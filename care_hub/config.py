@@ -37,9 +37,15 @@ class TrainConfig:
     train_simclr: bool = option(False, "the plain method, as --weight 0")
     equiv_splits: int = option(8, "groups in the global batch; the images of a group share one augmentation")
     equivariant_batch_size: int | None = option(None, "how much of the global batch the equivariance loss sees (default: all of it)")
-    loss_subtype: str = option("infonce", "contrastive part: infonce, alignment, uniformity, none", ("infonce", "alignment", "uniformity", "none"))
-    augmentation_scope: str = option("group", "group: one draw per group; batch: one pair a step, as the public code does in effect", ("group", "batch"))
-    views: str = option("separate", "separate: a second pair of views for equivariance; shared: one pair for both losses", ("separate", "shared"))
+    loss_subtype: str = option(
+        "infonce", "contrastive part: infonce, alignment, uniformity, none", ("infonce", "alignment", "uniformity", "none")
+    )
+    augmentation_scope: str = option(
+        "group", "group: one draw per group; batch: one pair a step, as the public code does in effect", ("group", "batch")
+    )
+    views: str = option(
+        "separate", "separate: a second pair of views for equivariance; shared: one pair for both losses", ("separate", "shared")
+    )
     queue_size: int | None = option(None, "MoCo: keys in the queue (default: 65,536, at most half the data set, a multiple of the batch)")
     momentum_encoder: float = option(0.99, "MoCo: momentum of the key encoder")
     temperature: float = option(0.2, "temperature of InfoNCE")
@@ -49,6 +55,7 @@ class TrainConfig:
     jitter_p: float = option(0.8, "probability of colour jitter")
     greyscale: float = option(0.1, "probability of greyscale")
     blur: float = option(0.2, "probability of Gaussian blur")
+    equivariance_crop: bool = option(True, "crop the views drawn per group too; without, they show the central crop")
     blur_taps: int = option(3, "width of the blur kernel in pixels, odd")
     # optimisation
     epochs: int = option(25, "passes over the training images")
@@ -88,7 +95,16 @@ class TrainConfig:
         self._check()
 
     def _check(self) -> None:
-        positive = ("batch_size", "gradient_accumulation", "epochs", "equiv_splits", "temperature", "projection_dim", "projection_hidden", "knn_bank")
+        positive = (
+            "batch_size",
+            "gradient_accumulation",
+            "epochs",
+            "equiv_splits",
+            "temperature",
+            "projection_dim",
+            "projection_hidden",
+            "knn_bank",
+        )
         for name in positive:
             if getattr(self, name) <= 0:
                 raise CareHubError(f"{flag(name)} must be positive, got {getattr(self, name)}.")
@@ -116,13 +132,18 @@ class TrainConfig:
 
     def _check_groups(self) -> None:
         part = self.equivariant_batch_size or self.batch_size
+        if self.views == "shared" and part != self.batch_size:
+            raise CareHubError("--views shared shows the whole batch to the equivariance loss; leave out --equivariant-batch-size.")
         if self.batch_size % part:
             near = nearest_divisor(self.batch_size, part)
-            raise CareHubError(f"--equivariant-batch-size {part} does not divide --batch-size {self.batch_size}; the nearest that does is {near}.")
+            raise CareHubError(
+                f"--equivariant-batch-size {part} does not divide --batch-size {self.batch_size}; the nearest that does is {near}."
+            )
         if part % self.equiv_splits or part // self.equiv_splits < 2:
             near = nearest_divisor(part, self.equiv_splits, most=part // 2)
             raise CareHubError(
-                f"{part} images can't be cut into --equiv-splits {self.equiv_splits} equal groups of at least 2; the nearest that works is {near}."
+                f"{part} images can't be cut into --equiv-splits {self.equiv_splits} equal groups of at least 2; "
+                f"the nearest that works is {near}."
             )
 
     def check_processes(self, count: int) -> None:
@@ -138,9 +159,33 @@ class TrainConfig:
         return self.queue_size or max(1, min(65536, images // 2) // self.batch_size) * self.batch_size
 
     @property
+    def equivariance_stride(self) -> int:
+        """Every so many images of the batch are seen by the equivariance loss, alike on every process."""
+        return self.batch_size // (self.equivariant_batch_size or self.batch_size)
+
+    @property
     def label(self) -> str:
         """The method's name for people."""
         return f"CARE-{self.method}" if self.weight else self.method
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the options and the size of the data."""
+
+    steps_per_epoch: int
+    steps: int  # the whole schedule
+    stop: int  # where this run ends
+    warmup: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, images: int) -> "Plan":
+        per_step = config.batch_size * config.gradient_accumulation
+        if images < per_step:
+            raise CareHubError(f"{images} training images are fewer than the {per_step} of one optimiser step; lower --batch-size.")
+        per_epoch = images // per_step
+        steps = config.epochs * per_epoch
+        return cls(per_epoch, steps, min(steps, config.max_steps or steps), round(config.warmup_epochs * per_epoch))
 
 
 def flag(name: str) -> str:

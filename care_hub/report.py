@@ -11,22 +11,24 @@ from .config import TrainConfig
 from .data.sources import Images
 from .encoder import Encoder
 
-SCALE = {"knn_top1": "kNN top-1, label", "knn_color_top1": "kNN top-1, color"}
+MEASURES = (
+    ("knn_top1", "kNN, label", "top-1 on held-out images, backbone features"),
+    ("knn_color_top1", "kNN, color", "the same for the color"),
+    ("invariance_error", "invariance error", "how far an augmentation moves an embedding: mean |f(ax) - f(x)|^2"),
+    ("rotation_error", "rotation error", "what is left after one fitted rotation for all images"),
+    ("rotation_invariance_ratio", "ratio of the two", "mean over 16 augmentations; 1 = rotating helps nothing"),
+    ("gram_deviation", "Gram deviation", "how much an augmentation changes inner products between images"),
+)
 
 
 def closing_screen(config: TrainConfig, run: Path, results: dict, skipped: list[str]) -> str:
     """What was measured, where it lies, and what to type next."""
     lines = ["", f"Trained {config.label} on {config.dataset_name} in {results['training_seconds'] / 60:.1f} minutes "
                  f"({results['images_per_second']:.0f} images/s).", ""]  # fmt: skip
-    for key, title in SCALE.items():
+    for key, title, explanation in MEASURES:
         if key in results:
-            lines.append(f"  {title:<22}{results[key]:6.1f} %   (backbone features, held-out images)")
-    lines += [] if "gram_deviation" not in results else [
-        f"  {'invariance error':<22}{results['invariance_error']:6.3f}     how far an augmentation moves an embedding, |f(ax) - f(x)|^2",
-        f"  {'rotation error':<22}{results['rotation_error']:6.3f}     what is left after one fitted rotation for all images",
-        f"  {'ratio':<22}{results['rotation_invariance_ratio']:6.3f}     of the two, averaged over 16 augmentations; 1 = rotating helps nothing",
-        f"  {'Gram deviation':<22}{results['gram_deviation']:6.4f}     how much augmentation changes inner products between images",
-    ]
+            value = f"{results[key]:6.1f} %" if key.startswith("knn") else f"{results[key]:8.4f}"
+            lines.append(f"  {title:<18}{value:<10} {explanation}")
     if skipped:
         lines += ["", f"  {len(skipped)} broken pictures were skipped."]
     name = shlex.quote(str(run))

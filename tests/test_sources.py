@@ -57,12 +57,28 @@ def test_each_named_set_is_read_in_its_hub_layout(tmp_path):
     assert len(sources.load("imagenet100", "test", root)) == 4
 
 
+def test_imagenet100_takes_its_hundred_classes_out_of_the_full_imagenet(tmp_path):
+    wanted = (sources.Path(sources.__file__).parent / "imagenet100.txt").read_text().split()
+    assert len(set(wanted)) == 100
+    for split in ("train", "val"):
+        for synset in [*wanted, "n00000001", "n99999999"]:
+            (tmp_path / split / synset).mkdir(parents=True)
+            (tmp_path / split / synset / "a.png").write_bytes(png(0, (8, 8))["bytes"])
+    for split in ("train", "test"):
+        images = sources.load("imagenet100", split, str(tmp_path), size=8)
+        assert len(images) == 100 and images.class_names == sorted(wanted) and images.labels.unique().numel() == 100
+    (tmp_path / "train" / wanted[7] / "a.png").unlink()
+    (tmp_path / "train" / wanted[7]).rmdir()
+    with pytest.raises(CareHubError, match=f"lacks 1 of the 100 class folders of ImageNet-100, e.g. {wanted[7]}"):
+        sources.load("imagenet100", "train", str(tmp_path), size=8)
+
+
 def test_unusual_columns_are_named_by_hand(tmp_path):
     root = hub_layout(tmp_path, {"train": 4}, "scan", {"organ": ["a", "b"], "side": ["l", "r"]})
     images = sources.load("somebody/scans", "train", root, label_column="side")
     assert images.class_names == ["l", "r"] and len(images) == 4 and images.size == 224
     assert sources.load("somebody/scans", "test", root) is None
-    with pytest.raises(CareHubError, match="no label column 'sides'.*organ"):
+    with pytest.raises(CareHubError, match=r"no label column 'sides'.*organ"):
         sources.load("somebody/scans", "train", root, label_column="sides")
     with pytest.raises(CareHubError, match="no image column 'photo'"):
         sources.load("somebody/scans", "train", root, image_column="photo")

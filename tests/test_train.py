@@ -17,9 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import care_hub
-from care_hub import augment, cli, trainer
-from care_hub.config import TrainConfig, lr_at, read_yaml
+from care_hub import augment, cli
+from care_hub.config import Plan, TrainConfig, lr_at, read_yaml
 from care_hub.errors import CareHubError
+from care_hub.views import make_views, order
 
 
 def refusal(*flags) -> str:
@@ -36,7 +37,14 @@ def test_a_run_leaves_all_that_was_promised(tiny_run):
         assert {"epoch", "infonce", "equivariance", "lr", "images_per_second"} <= r.keys()
         assert r["loss"] == pytest.approx(r["infonce"] + 0.2 * r["equivariance"], rel=1e-4) and r["equivariance"] > 0
     results = json.loads((tiny_run / "results.json").read_text())
-    assert {"knn_top1", "knn_color_top1", "rotation_error", "invariance_error", "rotation_invariance_ratio", "gram_deviation"} <= results.keys()
+    assert {
+        "knn_top1",
+        "knn_color_top1",
+        "rotation_error",
+        "invariance_error",
+        "rotation_invariance_ratio",
+        "gram_deviation",
+    } <= results.keys()
     assert 5 < results["knn_top1"] < 100 and 0 < results["rotation_invariance_ratio"] < 1.2
     assert results["training_seconds"] > 0 and results["images_per_second"] > 0
     resolved = yaml.safe_load((tiny_run / "config.yaml").read_text())
@@ -89,28 +97,28 @@ def test_an_interrupted_run_keeps_its_last_step(tmp_path):
 def test_weight_zero_computes_no_equivariance_views():
     images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
     config = TrainConfig(batch_size=8, equiv_splits=2, equivariant_batch_size=4)
-    views = trainer.make_views(images, config, augment.Recipe(), 0, 0, 1)
+    views = make_views(images, config, augment.Recipe(), 0, 0, 1)
     assert [len(v) for v in views] == [16, 8]
-    plain = trainer.make_views(images, TrainConfig(batch_size=8, weight=0), augment.Recipe(), 0, 0, 1)
+    plain = make_views(images, TrainConfig(batch_size=8, weight=0), augment.Recipe(), 0, 0, 1)
     assert len(plain) == 1 and torch.equal(plain[0], views[0])  # and the same contrastive views in both arms
     shared = TrainConfig(batch_size=8, equiv_splits=2, views="shared")
-    assert len(trainer.make_views(images, shared, augment.Recipe(), 0, 0, 1)) == 1
+    assert len(make_views(images, shared, augment.Recipe(), 0, 0, 1)) == 1
 
 
 def test_one_draw_per_batch_as_the_public_code_does():
     images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).expand(8, -1, -1, -1)
     config = TrainConfig(batch_size=8, equiv_splits=2, augmentation_scope="batch")
-    view = trainer.make_views(images, config, augment.Recipe(), 0, 0, 1)[1][:8]
+    view = make_views(images, config, augment.Recipe(), 0, 0, 1)[1][:8]
     torch.testing.assert_close(view, view[:1].expand_as(view))
 
 
 def test_every_image_is_seen_once_an_epoch_by_one_process():
     config = TrainConfig(batch_size=8, epochs=2, equiv_splits=2)
-    plan = trainer.Plan.of(config, 40)
-    seen = [torch.cat(list(trainer.order(config, plan, 40, 0, rank, 2))) for rank in (0, 1)]
+    plan = Plan.of(config, 40)
+    seen = [torch.cat(list(order(config, plan, 40, 0, rank, 2))) for rank in (0, 1)]
     first = torch.cat([s[:20] for s in seen])
     assert sorted(first.tolist()) == list(range(40))
-    resumed = torch.cat(list(trainer.order(config, plan, 40, 7, 1, 2)))
+    resumed = torch.cat(list(order(config, plan, 40, 7, 1, 2)))
     assert torch.equal(resumed, seen[1][7 * 4 :])
 
 

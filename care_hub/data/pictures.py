@@ -66,6 +66,12 @@ def fit(picture: Image.Image, size: int, crop: float = 1.0) -> Image.Image:
     return picture.crop((left, top, left + size, top + size)) if (width, height) != (size, size) else picture
 
 
+def cut(picture: Image.Image, box: tuple[int, int, int, int], size: int) -> Image.Image:
+    """The crop (top, left, height, width) resized to `size` x `size` (bilinear, antialiased)."""
+    top, left, height, width = box
+    return picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
+
+
 def pixels(picture: Image.Image) -> np.ndarray:
     """(3, H, W) uint8."""
     return np.asarray(picture).transpose(2, 0, 1)

@@ -5,12 +5,12 @@ Small sets are decoded once and held as one tensor; large ones stream through lo
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -84,14 +84,23 @@ class Images:
     def batches(self, index_batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """One (b, 3, S, S) uint8 tensor for each 1-d tensor of indices."""
         if self.held is not None:
-            for index in index_batches:
-                yield self.held[index.to(self.held.device)]
+            yield from (self.held[index.to(self.held.device)] for index in index_batches)
         else:
-            loader = torch.utils.data.DataLoader(
-                _Rows(self.rows, self.size), batch_sampler=[i.tolist() for i in index_batches], num_workers=self.workers,
-                pin_memory=torch.cuda.is_available(), persistent_workers=False,
-            )  # fmt: skip
-            yield from loader
+            yield from self._loader(_Rows(self.rows, partial(_fitted, size=self.size)), index_batches)
+
+    def cut_batches(self, batches: Iterable[tuple[Tensor, int, int]], cutter: Callable) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Streamed pictures with every view cut out in the loader processes, from the full picture.
+
+        `batches`: (indices, micro-step, place of the first in the global batch). `cutter(picture, step, place)` gives a
+        list of PIL crops for the contrastive pair and one, maybe empty, for the pair drawn per group; they come out
+        stacked, (b, V, 3, S, S) uint8 each, None where there are none.
+        """
+        jobs = ([(i, step, first + k) for k, i in enumerate(index.tolist())] for index, step, first in batches)
+        yield from self._loader(_Rows(self.rows, cutter), jobs, collate_fn=_stack_views)
+
+    def _loader(self, rows, batches, **settings):
+        pin = torch.cuda.is_available()
+        return torch.utils.data.DataLoader(rows, batch_sampler=_Lazy(batches), num_workers=self.workers, pin_memory=pin, **settings)
 
     def take(self, index: Tensor) -> "Images":
         """The pictures `index`, decoded and held."""
@@ -101,22 +110,52 @@ class Images:
         return Images(self.size, pick(self.labels), self.class_names, held, columns=columns)
 
 
-class _Rows(torch.utils.data.Dataset):
-    """Decodes rows of a data set to canvases in loader processes."""
+def center(x: Tensor, size: int) -> Tensor:
+    """The central `size` x `size` square of (..., S, S)."""
+    top = (x.shape[-1] - size) // 2
+    return x[..., top : top + size, top : top + size]
 
-    def __init__(self, rows, size: int):
-        self.rows, self.size = rows, size
+
+class _Lazy:
+    """A sampler over an iterator, so that a long run's order is never a list in memory."""
+
+    def __init__(self, batches: Iterable):
+        self.batches = batches
+
+    def __iter__(self):
+        return (b.tolist() if isinstance(b, Tensor) else b for b in self.batches)
+
+
+class _Rows(torch.utils.data.Dataset):
+    """Decodes rows of a data set in loader processes; a job is an index, or an index and arguments for `use`."""
+
+    def __init__(self, rows, use: Callable):
+        self.rows, self.use = rows, use
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(_canvas(self.rows[index]["image"], f"row {index}", self.size).copy())
+    def __getitem__(self, job):
+        index, *arguments = job if isinstance(job, tuple) else (job,)
+        return self.use(_picture(self.rows[index]["image"], f"row {index}"), *arguments)
 
 
-def _canvas(cell: dict, where: str, size: int) -> np.ndarray:
+def _stack_views(items: list[tuple[list, list]]) -> tuple[Tensor, Tensor | None]:
+    stacks = [[torch.stack([_tensor(p) for p in views]) for item in items if (views := item[kind])] for kind in (0, 1)]
+    return torch.stack(stacks[0]), torch.stack(stacks[1]) if stacks[1] else None
+
+
+def _picture(cell: dict, where: str):
     name = f"the picture '{cell['path']}' ({where})" if cell.get("path") else f"the picture in {where}"
-    return pictures.pixels(pictures.fit(pictures.rgb(cell["bytes"] or cell["path"], name), size))
+    return pictures.rgb(cell["bytes"] or cell["path"], name)
+
+
+def _fitted(picture, size: int) -> Tensor:
+    return _tensor(pictures.fit(picture, size))
+
+
+def _tensor(picture) -> Tensor:
+    return torch.from_numpy(pictures.pixels(picture).copy())
 
 
 def load(
@@ -169,13 +208,27 @@ def _read(name: str, about: Spec, root: str | None):
             return datasets.load_dataset(about.hub_id)
         if any(Path(root).rglob("*.parquet")):
             return datasets.load_dataset(str(root))
-        return datasets.load_dataset("imagefolder", data_dir=str(root))
+        folders = _imagenet100_folders(Path(root)) if name == "imagenet100" else None
+        return datasets.load_dataset("imagefolder", data_dir=None if folders else str(root), data_files=folders)
+    except CareHubError:
+        raise
     except Exception as error:  # the client's many kinds of failure, each with a message
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = root or f"the Hub ({about.hub_id}); without a network give a local copy with --data-root"
         raise CareHubError(f"data set '{name}' can't be read from {where}: {reason}") from error
     finally:
         datasets.utils.logging.set_verbosity(noisy)
+
+
+def _imagenet100_folders(root: Path) -> dict[str, list[str]]:
+    """Of class folders named by WordNet ids (those of the full ImageNet, say) the hundred of ImageNet-100."""
+    wanted = (Path(__file__).parent / "imagenet100.txt").read_text().split()
+    splits = {"train": ("train",), "validation": ("val", "validation")}
+    found = {split: [root / name / w for name in names for w in wanted if (root / name / w).is_dir()] for split, names in splits.items()}
+    missing = [w for w in wanted if not any(folder.name == w for folder in found["train"])]
+    if missing:
+        raise CareHubError(f"'{root / 'train'}' lacks {len(missing)} of the 100 class folders of ImageNet-100, e.g. {missing[0]}.")
+    return {split: [str(folder / "*") for folder in folders] for split, folders in found.items() if folders}
 
 
 def _images(rows, name, split, about, size, image_column, label_column, workers, skip_broken, progress) -> Images:
@@ -212,7 +265,7 @@ def _hold(images: Images, title: str, skip_broken: bool, progress: bool) -> Imag
 
     def decode(index: int, cell: dict) -> None:
         try:
-            held[index] = torch.from_numpy(_canvas(cell, f"row {index} of {title}", images.size).copy())
+            held[index] = _tensor(pictures.fit(_picture(cell, f"row {index} of {title}"), images.size))
         except CareHubError as error:
             if not skip_broken:
                 raise CareHubError(f"{error} Mend or remove it, or pass --skip-broken-images.") from error

@@ -1,6 +1,7 @@
 """How well one rotation explains what an augmentation does to all embeddings."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,8 +38,6 @@ def augmented(embed, images: Tensor, recipe: augment.Recipe, draws: int = 16, se
     `embed` takes un-normalised (B, 3, S, S) pictures in [0, 1]. The draws depend on `seed` alone, so that encoders are
     compared on the same ones.
     """
-    from dataclasses import replace
-
     plain = replace(recipe, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     for k in range(draws):
         drawn = augment.draw(plain, 1, *images.shape[2:], augment.generator(seed, "equivariance", k))
