@@ -5,7 +5,6 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -74,12 +73,3 @@ def _unflatten(tensors: dict[str, Tensor], layout: dict) -> dict:
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": layout["param_groups"]}
-
-
-def fill(module: torch.nn.Module, state: dict[str, Tensor], where: Path) -> None:
-    """Load `state`, or say in one sentence why it is another model's."""
-    own = module.state_dict()
-    wrong = [k for k in [*own, *state] if k not in own or k not in state or own[k].shape != state[k].shape]
-    if wrong:
-        raise CareHubError(f"the checkpoint in '{where}' belongs to another model (first difference: {wrong[0]}).")
-    module.load_state_dict(state)

@@ -123,6 +123,17 @@ def embed(pictures: str, encoder: str, output: str, space: str, batch_size: int)
     print(f"{len(z):,} embeddings of {z.shape[1]} numbers in {path}")
 
 
+@main.command()
+@click.argument("checkpoint", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option("--dataset-name", help="what it was trained on, where the checkpoint does not say (sets the normalisation)")
+def convert(checkpoint: str, out: str, dataset_name: str | None) -> None:
+    """Turn a CHECKPOINT.pth.tar of the public CARE code into the export folder OUT."""
+    from .convert import convert as run
+
+    print(f"encoder written to {run(checkpoint, out, dataset_name)}")
+
+
 def _write_parquet(path: Path, names: list[str], z) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

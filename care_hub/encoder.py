@@ -181,9 +181,9 @@ class Encoder(nn.Module):
         _check_sums(folder, care.get("sha256", {}))
         state = _tensors(folder / "model.safetensors")
         stem = SMALL.get(care["model"])
-        _fill(encoder.backbone, from_plain(state, stem) if stem else state, folder / "model.safetensors")
+        fill(encoder.backbone, from_plain(state, stem) if stem else state, folder / "model.safetensors")
         if encoder.projection is not None:
-            _fill(encoder.projection, _tensors(folder / "projection.safetensors"), folder / "projection.safetensors")
+            fill(encoder.projection, _tensors(folder / "projection.safetensors"), folder / "projection.safetensors")
         return encoder.eval()
 
 
@@ -268,10 +268,11 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Load `state` into `module`; CareHubError with the first name or shape that differs."""
     wanted = {k: tuple(v.shape) for k, v in module.state_dict().items()}
     found = {k: tuple(v.shape) for k, v in state.items()}
     if wanted != found:
         wrong = next(k for k in [*wanted, *found] if wanted.get(k) != found.get(k))
-        raise CareHubError(f"'{path}' does not fit its config.json: {wrong} should be {wanted.get(wrong)} and is {found.get(wrong)}.")
+        raise CareHubError(f"'{path}' does not fit its architecture: {wrong} should be {wanted.get(wrong)} and is {found.get(wrong)}.")
     module.load_state_dict(state)

@@ -17,7 +17,7 @@ from . import checkpoint, report
 from .config import Plan, TrainConfig, lr_at, write_yaml
 from .data import sources
 from .distributed import global_batch_norm
-from .encoder import Encoder
+from .encoder import Encoder, fill
 from .errors import CareHubError
 from .evaluate.monitor import closing, knn
 from .log import Interrupt, Log
@@ -190,7 +190,7 @@ def save_checkpoint(run: Path, step: int, seconds: float, method, optimizer, acc
 def restore(run: Path, method, optimizer, accelerator: Accelerator) -> tuple[int, float]:
     """Weights, optimiser and position of the newest checkpoint -> (step, seconds trained). All else follows from the seed."""
     model, state, extra = checkpoint.load(run / "checkpoints")
-    checkpoint.fill(accelerator.unwrap_model(method), model, run)
+    fill(accelerator.unwrap_model(method), model, checkpoint.complete(run / "checkpoints")[-1])
     optimizer.load_state_dict(state)
     if accelerator.scaler and extra["scaler"]:
         accelerator.scaler.load_state_dict(extra["scaler"])

@@ -236,7 +236,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "tiny")
     config = tmp_path / "tiny" / "config.yaml"
     config.write_text(config.read_text().replace("projection_dim: 16", "projection_dim: 8"))
-    assert "belongs to another model" in refusal("--save-root", str(tmp_path), "--run-name", "tiny", "--resume")
+    assert "does not fit its architecture" in refusal("--save-root", str(tmp_path), "--run-name", "tiny", "--resume")
 
 
 def test_processes_that_do_not_divide_the_batch():
