@@ -42,11 +42,11 @@ def convert(path: str | Path, out: str | Path, dataset_name: str | None = None) 
     if name is None:
         raise CareHubError(f"'{path}' does not say what it was trained on; give --dataset-name cifar10, cifar100 or stl10.")
     about = sources.spec(name)
-    hidden, inputs = projection["0.weight"].shape
-    head = {"inputs": inputs, "hidden": hidden, "outputs": len(projection[f"{last}.weight"]), "norm": small}
-    care = {"model": f"{depth}_cifar" if small else depth, "image_size": about.size, "crop_pct": 1.0 if small else 0.875}
-    care |= {"mean": list(about.statistics[0]), "std": list(about.statistics[1]), "projection": head, "dataset": name}
-    encoder = Encoder(care | {"converted_from": Path(path).name, "epoch": checkpoint.get("epoch")})
+    encoder = Encoder.new(
+        f"{depth}_cifar" if small else depth, about.size, *about.statistics, hidden=len(projection["0.weight"]),
+        outputs=len(projection[f"{last}.weight"]), norm=small, crop_pct=1.0 if small else 0.875,
+    )  # fmt: skip
+    encoder.care |= {"dataset": name, "converted_from": Path(path).name, "epoch": checkpoint.get("epoch")}
     fill(encoder.backbone, backbone, Path(path))
     fill(encoder.projection, projection, Path(path))
     return encoder.save_pretrained(out)
