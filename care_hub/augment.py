@@ -128,8 +128,8 @@ def _crop_boxes(recipe: Recipe, n: int, height: int, width: int, generator: torc
 
 
 def apply(images: Tensor, drawn: Draw, recipe: Recipe) -> Tensor:
-    """One view: (B, 3, H, W) uint8 (or float in [0, 1]) and B rows of parameters -> (B, 3, size, size) float32."""
-    x = images.float() / 255 if images.dtype == torch.uint8 else images
+    """One view: (B, 3, H, W) uint8 (or float in [0, 1]) and B rows of parameters -> (B, 3, size, size) float."""
+    x = images.to(torch.get_default_dtype()) / 255 if images.dtype == torch.uint8 else images
     x = crop(x, drawn.box, drawn.flip, recipe.size)
     x = jitter(x, drawn.factors, drawn.order)
     x = greyscale(x, drawn.grey)
@@ -149,7 +149,7 @@ def crop(x: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
     rows = _resize_matrix(box[:, 0], box[:, 2], x.shape[2], size)
     columns = _resize_matrix(box[:, 1], box[:, 3], x.shape[3], size)
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    rows, columns = (m.to(x.device, x.dtype, non_blocking=True)[:, None] for m in (rows, columns))
+    rows, columns = (m.to(x.dtype).to(x.device, non_blocking=True)[:, None] for m in (rows, columns))
     return (rows @ x @ columns.transpose(2, 3)).clamp(0, 1)
 
 
@@ -160,7 +160,7 @@ def _resize_matrix(start: Tensor, length: Tensor, full: int, size: int) -> Tenso
     pixel = torch.arange(full, dtype=torch.float64)[None, None, :] - start[:, None, None]
     weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
     weight = weight.masked_fill((pixel < 0) | (pixel >= length[:, None, None]), 0)
-    return (weight / weight.sum(dim=2, keepdim=True)).float()
+    return weight / weight.sum(dim=2, keepdim=True)
 
 
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:

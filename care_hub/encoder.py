@@ -81,7 +81,8 @@ class Encoder(nn.Module):
         self.eval()
         try:
             x = x.to(self.device, non_blocking=True)
-            x = normalise(x.float() / 255 if x.dtype == torch.uint8 else x.float(), self.care["mean"], self.care["std"])
+            kind = next(self.parameters()).dtype
+            x = normalise(x.to(kind) / 255 if x.dtype == torch.uint8 else x.to(kind), self.care["mean"], self.care["std"])
             with torch.autocast(self.device.type, dtype) if dtype not in (None, torch.float32) else nullcontext():
                 return (self(x) if space == "projection" else self.features(x)).float()
         finally:

@@ -55,7 +55,7 @@ class Log:
             path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
 
     def losses(self, losses: dict[str, Tensor]) -> None:
-        self.micro.append(torch.stack([losses[k].detach().float() for k in ("loss", "infonce", "equivariance")]))
+        self.micro.append(torch.stack([losses[k].detach() for k in ("loss", "infonce", "equivariance")]))
 
     def step(self, step: int, lr: float, seconds: float) -> None:
         self.seconds, self.steps = self.seconds + seconds, self.steps + 1

@@ -1,4 +1,4 @@
-"""What a person sees when training ends."""
+"""What a person sees before training and after it."""
 
 import shlex
 from pathlib import Path
@@ -7,9 +7,56 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .config import TrainConfig
+from .config import Plan, TrainConfig, lr_at
 from .data.sources import Images
 from .encoder import Encoder
+
+
+def plan(config: TrainConfig, plan: Plan, encoder: Encoder, data: dict, processes: int, where: str, precision: str) -> str:
+    """The resolved plan in a few lines; with --dry-run also the learning rates and a guess of the memory."""
+    million = sum(p.numel() for p in encoder.parameters()) / 1e6
+    micro = f", each the average of {config.gradient_accumulation} independent micro-batches" if config.gradient_accumulation > 1 else ""
+    groups = f", weight {config.weight:g}, {config.equiv_splits} groups" if config.weight else ""
+    queue = f", queue {config.queue_for(len(data['train'])):,}" if config.method == "moco" else ""
+    lines = [
+        f"{config.label}{groups}{queue} · {config.model} ({million:.1f} M parameters) · {config.dataset_name}, "
+        f"{len(data['train']):,} images at {encoder.care['image_size']} px",
+        f"{plan.stop:,} steps of {config.batch_size} images{micro} ({plan.stop / plan.steps_per_epoch:.1f} epochs) on "
+        f"{processes} x {where}, precision {precision}",
+    ]
+    for split, images in data.items():
+        if images is not None and images.skipped:
+            lines.append(f"skipped {len(images.skipped)} broken pictures in {split}: " + " ".join(images.skipped))
+    if config.dry_run:
+        marks = sorted({0, plan.warmup, plan.steps // 4, plan.steps // 2, 3 * plan.steps // 4, plan.steps - 1})
+        rates = (f"{lr_at(k, plan.steps, plan.warmup, config.lr, config.lr_schedule_type):.3g} at step {k + 1:,}" for k in marks)
+        share = config.batch_size // processes
+        lines += [
+            f"{share} images per process" + (f", {config.equiv_splits // processes} groups" if config.weight else ""),
+            f"learning rate {', '.join(rates)}",
+            f"about {memory_guess(config, encoder, share, precision) / 2**30:.1f} GiB per process for the step (a guess)",
+        ]
+    return "\n".join(lines)
+
+
+def memory_guess(config: TrainConfig, encoder: Encoder, images: int, precision: str) -> float:
+    """Bytes of weights, gradients, optimiser and of what the layers keep for the backward pass of one pair of views at a time
+    (the outputs of all layers, measured on two pictures)."""
+    kept, size = [0], encoder.care["image_size"]
+
+    def count(module, inputs, output):
+        kept[0] += output.numel() if isinstance(output, torch.Tensor) else 0
+
+    hooks = [m.register_forward_hook(count) for m in encoder.modules() if not list(m.children())]
+    encoder.eval().embed(torch.zeros(2, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    equivariance = 0 if not config.weight or config.views == "shared" else 2 / config.equivariance_stride
+    views = images * (2 + equivariance)  # both pairs are alive when the backward pass begins
+    parameters = sum(p.numel() for p in encoder.parameters())
+    copies = {"adam": 4, "adamw": 4}.get(config.optimizer, 3) + (config.method == "moco")
+    return parameters * 4 * copies + kept[0] / 2 * views * (4 if precision == "no" else 2)
+
 
 MEASURES = (
     ("knn_top1", "kNN, label", "top-1 on held-out images, backbone features"),

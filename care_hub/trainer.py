@@ -50,7 +50,8 @@ def train(config: TrainConfig) -> dict:
         config.projection_norm, crop_pct=recipe.size / data["train"].size,
     )  # fmt: skip
     if main:
-        tell_plan(config, plan, encoder, data, accelerator, threads)
+        where = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else f"CPU, {threads} threads"
+        print(report.plan(config, plan, encoder, data, processes, where, accelerator.mixed_precision), flush=True)
     if config.dry_run:
         return {}
 
@@ -216,18 +217,3 @@ def export(run: Path, config: TrainConfig, encoder: Encoder, data: dict, results
     images = data["test"] or data["train"]
     report.neighbours(encoder, images.take(torch.arange(min(2000, len(images)))), run / "export" / "neighbours.png")
     print(report.closing_screen(config, run, results, data["train"].skipped + (data["test"].skipped if data["test"] else [])))
-
-
-def tell_plan(config: TrainConfig, plan: Plan, encoder: Encoder, data: dict, accelerator: Accelerator, threads: int) -> None:
-    device = accelerator.device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads} threads"
-    million = sum(p.numel() for p in encoder.parameters()) / 1e6
-    micro = f", each the average of {config.gradient_accumulation} independent micro-batches" if config.gradient_accumulation > 1 else ""
-    groups = f", weight {config.weight:g}, {config.equiv_splits} groups" if config.weight else ""
-    print(f"{config.label}{groups} · {config.model} ({million:.1f} M parameters) · {config.dataset_name}, "
-          f"{len(data['train']):,} images at {encoder.care['image_size']} px")  # fmt: skip
-    print(f"{plan.stop:,} steps of {config.batch_size} images{micro} ({plan.stop / plan.steps_per_epoch:.1f} epochs) on "
-          f"{accelerator.num_processes} x {where}, precision {accelerator.mixed_precision}", flush=True)  # fmt: skip
-    for split, images in data.items():
-        if images is not None and images.skipped:
-            print(f"skipped {len(images.skipped)} broken pictures in {split}: " + " ".join(images.skipped))

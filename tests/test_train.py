@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import care_hub
 from care_hub import augment, cli
-from care_hub.config import Plan, TrainConfig, lr_at, read_yaml
+from care_hub.config import Plan, TrainConfig, lr_at
 from care_hub.errors import CareHubError
 from care_hub.views import make_views, order
 
@@ -133,17 +133,6 @@ def test_gradient_accumulation_averages_micro_batches(tmp_path):
     assert "average of 3 independent micro-batches" in done.stdout and len(metrics(tmp_path / "a")) == 2
 
 
-def test_two_cpu_processes_train_the_same_run(tmp_path):
-    flags = ("--max-steps", "4", "--lr", "0.001")
-    train(tmp_path, *flags, "--run-name", "one")
-    torchrun = ("python", "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631")
-    done = train(tmp_path, *flags, "--run-name", "two", launcher=torchrun)
-    assert "on 2 x CPU" in done.stdout
-    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert a["infonce"] == pytest.approx(b["infonce"], rel=1e-3)
-        assert a["equivariance"] == pytest.approx(b["equivariance"], rel=1e-3, abs=1e-5)
-
-
 def test_class_folders_with_a_broken_picture(photos, tmp_path):
     root = tmp_path / "photos"
     shutil.copytree(photos, root)
@@ -174,14 +163,6 @@ def test_accelerate_launch_uses_all_cores(tmp_path):
     done = train(tmp_path, "--dry-run", launcher=("python", "-m", "accelerate.commands.launch"))
     assert f"CPU, {torch.get_num_threads()} threads" in done.stdout or "cuda" in done.stdout.lower()
     assert not list(tmp_path.iterdir())
-
-
-def test_recipes_say_what_they_set():
-    defaults = read_yaml(ROOT / "recipes" / "shapes.yaml")
-    for name, value in defaults.items():
-        assert getattr(TrainConfig(), name) == (tuple(value) if isinstance(value, list) else value), name
-    for path in (ROOT / "recipes").glob("*.yaml"):
-        TrainConfig(**read_yaml(path))
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):

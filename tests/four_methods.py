@@ -1,0 +1,26 @@
+"""Trains each method for a few steps in one process group: `four_methods.py DTYPE STEPS SAVE_ROOT DATA_ROOT`."""
+
+import sys
+
+import torch
+
+from care_hub.config import TrainConfig
+from care_hub.trainer import train
+
+METHODS = {
+    "simclr": {"weight": 0.0},
+    "care": {"weight": 0.3},
+    "moco": {"weight": 0.0, "method": "moco", "queue_size": 32},
+    "care-moco": {"weight": 0.3, "method": "moco", "queue_size": 32, "equivariant_batch_size": 8},
+}
+
+if __name__ == "__main__":
+    dtype, steps, save_root, data_root = sys.argv[1:]
+    torch.set_default_dtype(getattr(torch, dtype))
+    for name, settings in METHODS.items():
+        config = TrainConfig(
+            dataset_name="imagefolder", data_root=data_root, image_size=32, save_root=save_root, run_name=name, lr=0.02, weight_decay=0.0,
+            batch_size=16, equiv_splits=4, projection_hidden=32, projection_dim=16, epochs=8, max_steps=int(steps),
+            checkpoint_every=1, mixed_precision="no", **settings,
+        )  # fmt: skip
+        train(config)

@@ -1,0 +1,87 @@
+"""A run is the same run on any number of processes, for SimCLR, CARE-SimCLR, MoCo and CARE-MoCo."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, metrics, run
+from four_methods import METHODS
+from safetensors.torch import load_file
+
+WORKER = ROOT / "tests" / "four_methods.py"
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def torchrun(processes: int, *words):
+    launcher = ("python", "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", free_port())
+    return run(*launcher, WORKER, *words)
+
+
+def losses(folder, name):
+    return [(row["infonce"], row["equivariance"]) for row in metrics(folder / name)]
+
+
+@pytest.fixture(scope="module")
+def one_process(photos, tmp_path_factory):
+    root = tmp_path_factory.mktemp("one")
+    run("python", WORKER, "float64", "20", root / "float64", photos)
+    run("python", WORKER, "float32", "4", root / "float32", photos)
+    return root
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_in_float64_twenty_steps_agree_to_1e_8(processes, one_process, photos, tmp_path):
+    torchrun(processes, "float64", "20", tmp_path, photos)
+    for name in METHODS:
+        expected, found = losses(one_process / "float64", name), losses(tmp_path, name)
+        assert len(found) == 20
+        for step, (a, b) in enumerate(zip(expected, found, strict=True)):
+            assert b == pytest.approx(a, rel=1e-8), (name, step)
+
+
+def test_in_float32_four_steps_and_the_first_gradients_agree(one_process, photos, tmp_path):
+    torchrun(2, "float32", "4", tmp_path, photos)
+    for name in METHODS:
+        for a, b in zip(losses(one_process / "float32", name), losses(tmp_path, name), strict=True):
+            assert b[0] == pytest.approx(a[0], rel=1e-3) and b[1] == pytest.approx(a[1], rel=1e-3, abs=1e-5)
+    # With momentum and no weight decay the optimiser's buffer after one step is the gradient.
+    for root in (one_process / "one-step", tmp_path / "one-step"):
+        words = ("float32", "1", root, photos)
+        run("python", WORKER, *words) if root.parent == one_process else torchrun(2, *words)
+    for name in METHODS:
+        path = f"one-step/{name}/checkpoints/step-00000001/optimizer.safetensors"
+        expected, found = load_file(one_process / path), load_file(tmp_path / path)
+        assert expected.keys() == found.keys() and len(found) > 30
+        for key, gradient in expected.items():
+            assert torch.linalg.norm(gradient - found[key]) <= 1e-5 * torch.linalg.norm(gradient), (name, key)
+
+
+def test_two_nodes_are_one_run(one_process, photos, tmp_path):
+    """Two agents with one process each, meeting on loopback."""
+    port = free_port()
+    nodes = []
+    for rank in (0, 1):
+        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1"]
+        words += ["--master_addr", "127.0.0.1", "--master_port", port, str(WORKER), "float64", "3", str(tmp_path), str(photos)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        nodes.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    for name in METHODS:
+        for a, b in zip(losses(one_process / "float64", name)[:3], losses(tmp_path, name), strict=True):
+            assert b == pytest.approx(a, rel=1e-8)
+
+
+def test_a_batch_that_does_not_divide_is_refused(photos, tmp_path):
+    launcher = ("python", "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port())
+    flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32", "--batch-size", "15", "--weight", "0")
+    error = run(*launcher, ROOT / "train.py", "--save-root", tmp_path, *flags, ok=False).stderr
+    assert "--batch-size 15 does not divide among 2 processes; the nearest that does is 16" in error
