@@ -18,12 +18,12 @@ RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
 
 @pytest.fixture
 def stand_ins(tmp_path):
-    """Two class folders of 16 + 2 noisy pictures a little larger than `size`; named like ImageNet-100's classes."""
+    """A training and a test picture for each class of ImageNet-100, a little larger than `size`."""
 
     def make(size: int):
         root, draw = tmp_path / "data", np.random.RandomState(0)
         names = (ROOT / "care_hub" / "data" / "imagenet100.txt").read_text().split()
-        for split, count in (("train", 1), ("validation", 1)):
+        for split in ("train", "validation"):
             for name in names:
                 (root / split / name).mkdir(parents=True)
                 small = draw.randint(0, 256, (6, 5, 3)).astype(np.uint8)
