@@ -34,7 +34,6 @@ def train(config: TrainConfig) -> dict:
         mixed_precision=precision(config.mixed_precision),
         log_with=None if config.log_with == "none" else config.log_with,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        project_dir=config.save_root,
     )
     processes, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     config.check_processes(processes)
@@ -65,6 +64,7 @@ def train(config: TrainConfig) -> dict:
         start, seconds = restore(run, method, optimizer, accelerator)
     data = {k: v.to(accelerator.device) if v else None for k, v in data.items()}
     if config.log_with != "none":
+        accelerator.project_configuration.set_directories(str(run))
         accelerator.init_trackers("care_hub", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
 
     log = Log(run, plan, start, config, accelerator)
@@ -167,7 +167,7 @@ def open_run(config: TrainConfig, main: bool) -> Path:
     if main and not config.resume:
         number = 1
         while name is None or (config.run_name is None and (root / name).exists()):
-            name, number = f"{config.dataset_name.replace('/', '-')}-{config.label.lower()}-{number}", number + 1
+            name, number = f"{config.dataset_name.replace('/', '-')}-{config.method}-{number}", number + 1
         try:
             (root / name).mkdir(parents=True)
             write_yaml(root / name / "config.yaml", config)

@@ -1,6 +1,7 @@
 """Data sets arrive as their names promise, held or streamed, from the layouts that people have."""
 
 import io
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -93,6 +94,21 @@ def test_large_sets_stream_the_same_pictures(photos, monkeypatch):
     for a, b in zip(held.batches(index), streamed.batches(index), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert torch.equal(streamed.labels, held.labels)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_picture_in_a_stream_is_named_or_replaced_by_the_next(workers, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "HELD_BYTES", 0)
+    root = tmp_path / "data"
+    shutil.copytree(photos, root)
+    (root / "train" / "cold" / "05.png").write_bytes(b"no picture")
+    index = [torch.tensor([4, 5, 6])]
+    images = sources.load("imagefolder", "train", str(root), size=28, workers=workers)
+    with pytest.raises(CareHubError, match=r"^the picture '.*05\.png' \(row 5\) can't be decoded .* Mend or remove it[^\n]*$"):
+        list(images.batches(index))
+    images = sources.load("imagefolder", "train", str(root), size=28, workers=workers, skip_broken=True)
+    (batch,) = images.batches(index)
+    assert torch.equal(batch[1], batch[2]) and len(images.skipped) == 1 and "05.png" in images.skipped[0]
 
 
 def test_a_picture_in_a_table_that_can_not_be_decoded_is_named_by_its_row(tmp_path):

@@ -20,6 +20,7 @@ from . import pictures, shapes
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HELD_BYTES = 4 << 30  # larger data sets stream
+MEND = "Mend or remove it, or pass --skip-broken-images."
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Images:
     held: Tensor | None = None
     rows: object = None
     columns: dict[str, Tensor] = field(default_factory=dict)  # further factors, e.g. color of `shapes`
-    skipped: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)  # broken pictures, named
+    skip_broken: bool = False
     workers: int = 0
 
     def __len__(self) -> int:
@@ -86,7 +88,7 @@ class Images:
         if self.held is not None:
             yield from (self.held[index.to(self.held.device)] for index in index_batches)
         else:
-            yield from self._loader(_Rows(self.rows, partial(_fitted, size=self.size)), index_batches)
+            yield from self._stream(index_batches, partial(_fitted, size=self.size), torch.stack)
 
     def cut_batches(self, batches: Iterable[tuple[Tensor, int, int]], cutter: Callable) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Streamed pictures with every view cut out in the loader processes, from the full picture.
@@ -96,11 +98,18 @@ class Images:
         stacked, (b, V, 3, S, S) uint8 each, None where there are none.
         """
         jobs = ([(i, step, first + k) for k, i in enumerate(index.tolist())] for index, step, first in batches)
-        yield from self._loader(_Rows(self.rows, cutter), jobs, collate_fn=_stack_views)
+        yield from self._stream(jobs, cutter, _stack_views)
 
-    def _loader(self, rows, batches, **settings):
-        pin = torch.cuda.is_available()
-        return torch.utils.data.DataLoader(rows, batch_sampler=_Lazy(batches), num_workers=self.workers, pin_memory=pin, **settings)
+    def _stream(self, batches: Iterable, use: Callable, stack: Callable) -> Iterator:
+        loader = torch.utils.data.DataLoader(
+            _Rows(self.rows, use, self.skip_broken), batch_sampler=_Lazy(batches), num_workers=self.workers,
+            collate_fn=partial(_collate, stack=stack), pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+        for problems, batch in loader:
+            if problems and not self.skip_broken:
+                raise CareHubError(f"{problems[0]} {MEND}")
+            self.skipped += [p for p in problems if p not in self.skipped]
+            yield batch
 
     def take(self, index: Tensor) -> "Images":
         """The pictures `index`, decoded and held."""
@@ -127,17 +136,34 @@ class _Lazy:
 
 
 class _Rows(torch.utils.data.Dataset):
-    """Decodes rows of a data set in loader processes; a job is an index, or an index and arguments for `use`."""
+    """Decodes rows of a data set in loader processes: (what was wrong or None, what `use` makes of the picture).
 
-    def __init__(self, rows, use: Callable):
-        self.rows, self.use = rows, use
+    A job is an index, or an index and arguments for `use`. With `skip_broken` the next picture that can be decoded
+    takes a broken one's place.
+    """
+
+    def __init__(self, rows, use: Callable, skip_broken: bool):
+        self.rows, self.use, self.skip_broken = rows, use, skip_broken
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, job):
+    def __getitem__(self, job) -> tuple[str | None, object]:
         index, *arguments = job if isinstance(job, tuple) else (job,)
-        return self.use(_picture(self.rows[index]["image"], f"row {index}"), *arguments)
+        problem = None
+        for other in range(index, index + (len(self) if self.skip_broken else 1)):
+            row = other % len(self)
+            try:
+                return problem, self.use(_picture(self.rows[row]["image"], f"row {row}"), *arguments)
+            except CareHubError as error:
+                problem = problem or str(error)
+        return problem, None
+
+
+def _collate(items: list, stack: Callable) -> tuple[list[str], object]:
+    problems = [problem for problem, _ in items if problem]
+    values = [value for _, value in items]
+    return problems, None if any(v is None for v in values) else stack(values)
 
 
 def _stack_views(items: list[tuple[list, list]]) -> tuple[Tensor, Tensor | None]:
@@ -165,7 +191,6 @@ def load(
     size: int | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-    seed: int = 0,
     workers: int = 0,
     skip_broken: bool = False,
     progress: bool = True,
@@ -250,14 +275,14 @@ def _images(rows, name, split, about, size, image_column, label_column, workers,
     y = torch.as_tensor([-1 if v is None else int(v) for v in rows[label]]) if label else None
     names = features[label].names if label and isinstance(features[label], ClassLabel) else None
     cells = rows.select_columns([image]).rename_columns({image: "image"}).cast_column("image", Image(decode=False))
-    images = Images(size, y, names, rows=cells, columns=columns, workers=workers)
+    images = Images(size, y, names, rows=cells, columns=columns, skip_broken=skip_broken, workers=workers)
     if len(cells) * 3 * size * size > HELD_BYTES:
         images.size = round(size * 8 / 7)
         return images
-    return _hold(images, f"{name} {split}", skip_broken, progress)
+    return _hold(images, f"{name} {split}", progress)
 
 
-def _hold(images: Images, title: str, skip_broken: bool, progress: bool) -> Images:
+def _hold(images: Images, title: str, progress: bool) -> Images:
     """Decode everything once, in threads (Pillow releases the interpreter while it decodes)."""
     count = len(images)
     held = torch.empty(count, 3, images.size, images.size, dtype=torch.uint8)
@@ -267,8 +292,8 @@ def _hold(images: Images, title: str, skip_broken: bool, progress: bool) -> Imag
         try:
             held[index] = _tensor(pictures.fit(_picture(cell, f"row {index} of {title}"), images.size))
         except CareHubError as error:
-            if not skip_broken:
-                raise CareHubError(f"{error} Mend or remove it, or pass --skip-broken-images.") from error
+            if not images.skip_broken:
+                raise CareHubError(f"{error} {MEND}") from error
             good[index] = False
             images.skipped.append(str(error))
 
