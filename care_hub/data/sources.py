@@ -297,7 +297,7 @@ def _hold(images: Images, title: str, progress: bool) -> Images:
             good[index] = False
             images.skipped.append(str(error))
 
-    bar = tqdm(total=count, desc=f"decoding {title}", unit="image", disable=not progress or count < 2000, leave=False)
+    bar = tqdm(total=count, desc=f"decoding {title}", unit="image", disable=not progress or count < 10000, leave=False)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, count, 1000):
             cells = images.rows[start : start + 1000]["image"]
