@@ -79,9 +79,13 @@ def train(context: click.Context, config_file: str | None, **values) -> None:
     """Train CARE, or its plain baseline, and export the encoder."""
     by_hand = {k: v for k, v in values.items() if context.get_parameter_source(k) != click.core.ParameterSource.DEFAULT}
     config = resolve(by_hand, config_file)
+    import torch.distributed
+
     from .trainer import train as run
 
     run(config)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

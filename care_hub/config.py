@@ -50,7 +50,7 @@ class TrainConfig:
     momentum_encoder: float = option(0.99, "MoCo: momentum of the key encoder")
     temperature: float = option(0.2, "temperature of InfoNCE")
     # augmentation
-    crop_scale: float = option(0.25, "smallest crop, as a fraction of the picture's area")
+    crop_scale: float = option(0.4, "smallest crop, as a fraction of the picture's area")
     jitter: tuple[float, float, float, float] = option((0.3, 0.3, 0.3, 0.5), "colour jitter: brightness, contrast, saturation, hue")
     jitter_p: float = option(0.8, "probability of colour jitter")
     greyscale: float = option(0.1, "probability of greyscale")

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def train(config: TrainConfig) -> dict:
     Raises CareHubError for whatever a person can put right; everything up to the last checkpoint is kept then.
     """
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else Accelerate does not see the processes of torchrun
         mixed_precision=precision(config.mixed_precision),
         log_with=None if config.log_with == "none" else config.log_with,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -58,6 +60,8 @@ def train(config: TrainConfig) -> dict:
     method = global_batch_norm(make_method(config, encoder, len(data["train"])), accelerator.device)
     if config.compile:
         encoder.backbone.compile()
+    # Renamed in newer torch; the old name is the one that torch 2.6 knows.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     method, optimizer = accelerator.prepare(method, make_optimizer(config, method))
     start, seconds = 0, 0.0
     if config.resume:
@@ -110,7 +114,8 @@ def train(config: TrainConfig) -> dict:
     results |= {"training_seconds": round(seconds, 1), "images_per_second": round(images / seconds, 1)}
     if main:
         export(run, config, encoder, data, results)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return results
 
 
