@@ -180,7 +180,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
         (["--dataset-name", "imagefolder"], "needs --data-root"),
         (["--batch-size", "100", "--equiv-splits", "16"], "the nearest that works is 20"),
         (["--batch-size", "64", "--equivariant-batch-size", "24"], "nearest that does is 16"),
-        (["--batch-size", "5000", "--weight", "0"], "fewer than the 5000"),
+        (["--batch-size", "6000", "--weight", "0"], "fewer than the 6000"),
         (["--epochs", "0"], "--epochs must be positive"),
         (["--model", "resnet18_cifer"], "did you mean 'resnet18_cifar'"),
         (["--weight", "0", "--loss-subtype", "none"], "no loss at all"),
