@@ -33,7 +33,7 @@ class TrainConfig:
     projection_norm: bool = option(True, "BatchNorm in the projection head")
     # method
     method: str = option("simclr", "simclr or moco", ("simclr", "moco"))
-    weight: float = option(0.45, "lambda, the weight of the equivariance loss; 0 = the plain method")
+    weight: float = option(0.4, "lambda, the weight of the equivariance loss; 0 = the plain method")
     train_simclr: bool = option(False, "the plain method, as --weight 0")
     equiv_splits: int = option(8, "groups in the global batch; the images of a group share one augmentation")
     equivariant_batch_size: int | None = option(None, "how much of the global batch the equivariance loss sees (default: all of it)")
@@ -58,7 +58,7 @@ class TrainConfig:
     equivariance_crop: bool = option(True, "crop the views drawn per group too; without, they show the central crop")
     blur_taps: int = option(3, "width of the blur kernel in pixels, odd")
     # optimisation
-    epochs: int = option(14, "passes over the training images")
+    epochs: int = option(10, "passes over the training images")
     batch_size: int = option(64, "images per micro-batch over all processes together")
     gradient_accumulation: int = option(1, "micro-batches averaged per optimiser step; negatives and groups are those of one micro-batch")
     optimizer: str = option("sgd", "adam, adamw, sgd or lars", ("adam", "adamw", "sgd", "lars"))
