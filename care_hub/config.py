@@ -33,7 +33,7 @@ class TrainConfig:
     projection_norm: bool = option(True, "BatchNorm in the projection head")
     # method
     method: str = option("simclr", "simclr or moco", ("simclr", "moco"))
-    weight: float = option(0.4, "lambda, the weight of the equivariance loss; 0 = the plain method")
+    weight: float = option(0.45, "lambda, the weight of the equivariance loss; 0 = the plain method")
     train_simclr: bool = option(False, "the plain method, as --weight 0")
     equiv_splits: int = option(8, "groups in the global batch; the images of a group share one augmentation")
     equivariant_batch_size: int | None = option(None, "how much of the global batch the equivariance loss sees (default: all of it)")

@@ -90,12 +90,15 @@ def test_cifar_checkpoints(depth, tmp_path):
     assert care["model"] == f"{depth}_cifar" and care["dataset"] == "cifar100"
 
 
-@pytest.mark.parametrize("moco", [False, True])
-def test_imagenet_checkpoints(moco, tmp_path):
+def test_imagenet_checkpoints_of_both_methods(tmp_path):
     torch.manual_seed(0)
-    model = saved(PublicImageNet(moco), tmp_path / "i.pth.tar", arch="resnet50")
+    model = saved(PublicImageNet(True), tmp_path / "i.pth.tar", arch="resnet50")
     convert(tmp_path / "i.pth.tar", tmp_path / "out")
     check(model, tmp_path / "out", 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    query = {k: v for k, v in model.float().state_dict().items() if k.startswith("encoder_q")}
+    torch.save({"state_dict": query, "arch": "resnet50"}, tmp_path / "simclr.pth.tar")
+    convert(tmp_path / "simclr.pth.tar", tmp_path / "simclr")
+    assert (tmp_path / "simclr" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
 
 
 def test_the_stand_ins_have_the_public_layout(shared):

@@ -29,36 +29,49 @@ def losses(folder, name):
     return [(row["infonce"], row["equivariance"]) for row in metrics(folder / name)]
 
 
+JOBS = "float64:20,float32:4,float32:1"
+
+
 @pytest.fixture(scope="module")
 def one_process(photos, tmp_path_factory):
     root = tmp_path_factory.mktemp("one")
-    run("python", WORKER, "float64", "20", root / "float64", photos)
-    run("python", WORKER, "float32", "4", root / "float32", photos)
+    run("python", WORKER, JOBS, root, photos)
     return root
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_in_float64_twenty_steps_agree_to_1e_8(processes, one_process, photos, tmp_path):
-    torchrun(processes, "float64", "20", tmp_path, photos)
+@pytest.fixture(scope="module")
+def two_processes(photos, tmp_path_factory):
+    root = tmp_path_factory.mktemp("two")
+    torchrun(2, JOBS, root, photos)
+    return root
+
+
+def agree_to_1e_8(expected, found):
     for name in METHODS:
-        expected, found = losses(one_process / "float64", name), losses(tmp_path, name)
-        assert len(found) == 20
-        for step, (a, b) in enumerate(zip(expected, found, strict=True)):
+        pairs = list(zip(losses(expected / "float64:20", name), losses(found / "float64:20", name), strict=True))
+        assert len(pairs) == 20
+        for step, (a, b) in enumerate(pairs):
             assert b == pytest.approx(a, rel=1e-8), (name, step)
 
 
-def test_in_float32_four_steps_and_the_first_gradients_agree(one_process, photos, tmp_path):
-    torchrun(2, "float32", "4", tmp_path, photos)
+def test_in_float64_twenty_steps_of_two_processes_agree_to_1e_8(one_process, two_processes):
+    agree_to_1e_8(one_process, two_processes)
+
+
+def test_in_float64_twenty_steps_of_four_processes_agree_to_1e_8(one_process, photos, tmp_path):
+    torchrun(4, "float64:20", tmp_path, photos)
+    agree_to_1e_8(one_process, tmp_path)
+
+
+def test_in_float32_four_steps_and_the_first_gradients_agree(one_process, two_processes):
     for name in METHODS:
-        for a, b in zip(losses(one_process / "float32", name), losses(tmp_path, name), strict=True):
+        pairs = list(zip(losses(one_process / "float32:4", name), losses(two_processes / "float32:4", name), strict=True))
+        assert len(pairs) == 4
+        for a, b in pairs:
             assert b[0] == pytest.approx(a[0], rel=1e-3) and b[1] == pytest.approx(a[1], rel=1e-3, abs=1e-5)
-    # With momentum and no weight decay the optimiser's buffer after one step is the gradient.
-    for root in (one_process / "one-step", tmp_path / "one-step"):
-        words = ("float32", "1", root, photos)
-        run("python", WORKER, *words) if root.parent == one_process else torchrun(2, *words)
-    for name in METHODS:
-        path = f"one-step/{name}/checkpoints/step-00000001/optimizer.safetensors"
-        expected, found = load_file(one_process / path), load_file(tmp_path / path)
+        # With momentum and no weight decay the optimiser's buffer after one step is the gradient.
+        path = f"float32:1/{name}/checkpoints/step-00000001/optimizer.safetensors"
+        expected, found = load_file(one_process / path), load_file(two_processes / path)
         assert expected.keys() == found.keys() and len(found) > 30
         for key, gradient in expected.items():
             assert torch.linalg.norm(gradient - found[key]) <= 1e-5 * torch.linalg.norm(gradient), (name, key)
@@ -70,13 +83,13 @@ def test_two_nodes_are_one_run(one_process, photos, tmp_path):
     nodes = []
     for rank in (0, 1):
         words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1"]
-        words += ["--master_addr", "127.0.0.1", "--master_port", port, str(WORKER), "float64", "3", str(tmp_path), str(photos)]
+        words += ["--master_addr", "127.0.0.1", "--master_port", port, str(WORKER), "float64:3", str(tmp_path), str(photos)]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         nodes.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     outputs = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     for name in METHODS:
-        for a, b in zip(losses(one_process / "float64", name)[:3], losses(tmp_path, name), strict=True):
+        for a, b in zip(losses(one_process / "float64:20", name)[:3], losses(tmp_path / "float64:3", name), strict=True):
             assert b == pytest.approx(a, rel=1e-8)
 
 
