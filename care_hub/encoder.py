@@ -197,7 +197,12 @@ def _backbone(model: str, size: int) -> nn.Module:
     import timm
 
     fixed = timm.is_model(model) and timm.get_pretrained_cfg(model) is not None and timm.get_pretrained_cfg(model).fixed_input_size
-    return create_model(model, **({"img_size": size} if fixed else {})).to(memory_format=torch.channels_last)
+    backbone = create_model(model, **({"img_size": size} if fixed else {})).to(memory_format=torch.channels_last)
+    patch = max(getattr(getattr(backbone, "patch_embed", None), "patch_size", None) or (1,))
+    if size % patch:
+        near = max(1, round(size / patch)) * patch
+        raise CareHubError(f"{model} cuts pictures into patches of {patch} pixels, which do not fill {size}; use --image-size {near}.")
+    return backbone
 
 
 def timm_config(care: dict, backbone: nn.Module) -> dict:

@@ -101,7 +101,7 @@ def train(config: TrainConfig) -> dict:
                 log.flush()
                 save(done)
             if config.knn_every and epoch_done and (done // plan.steps_per_epoch) % config.knn_every == 0 and done < plan.stop:
-                log.knn(done, knn(config, encoder, data, accelerator))
+                log.knn(done, *knn(config, encoder, data, accelerator))
     log.close()
     if interrupt.asked:
         save(done)

@@ -62,6 +62,8 @@ def test_recipe(recipe, stand_ins, tmp_path, monkeypatch):
     for word in (values["model"], "steps of 8 images", "8 images per process, 2 groups", "learning rate", "GiB"):
         assert word in plan.output
     assert not (tmp_path / "runs").exists()
+    if recipe == "shapes":
+        return  # the defaults: every other test trains them
     done = CliRunner().invoke(cli.train, [*words, "--max-steps", "2"])
     assert done.exit_code == 0, done.output
     assert len(metrics(tmp_path / "runs" / "r")) == 2
@@ -81,4 +83,4 @@ def test_any_timm_backbone_trains_also_a_vision_transformer(photos, tmp_path):
     assert done.exit_code == 0, done.output
     assert trainer.Encoder.from_pretrained(tmp_path / "r").backbone.patch_embed.img_size == (48, 48)
     refused = CliRunner().invoke(cli.train, [*flags, "--image-size", "40", "--run-name", "s"])
-    assert refused.exit_code == 1 and "vit_tiny_patch16_224" in refused.output and "Traceback" not in refused.output
+    assert refused.exit_code == 1 and "patches of 16 pixels, which do not fill 40; use --image-size 32" in refused.output

@@ -29,14 +29,15 @@ def bank_of(config: TrainConfig, images: Images) -> Images:
     return images.take(labelled[torch.randperm(len(labelled), generator=augment.generator(config.seed, "bank"))][: config.knn_bank])
 
 
-def knn(config: TrainConfig, encoder: Encoder, data: dict, accelerator: Accelerator, column: str | None = None) -> float | None:
-    """kNN top-1 on backbone features, in per cent; None without labels or a test split."""
-    if data["test"] is None or data["test"].labels is None or data["train"].labels is None:
-        return None
-    bank = bank_of(config, data["train"])
-    labels, truth = ((i.columns[column] if column else i.labels).to(accelerator.device) for i in (bank, data["test"]))
-    features, queries = (embed_all(encoder, images, accelerator, "backbone") for images in (bank, data["test"]))
-    return knn_top1(features, labels, queries, truth) if len(labels) else None
+def knn(config: TrainConfig, encoder: Encoder, data: dict, accelerator: Accelerator, columns=("label",)) -> list[float | None]:
+    """kNN top-1 on backbone features, in per cent, for each of `columns`; None without labels or a test split."""
+    train, test = data["train"], data["test"]
+    if test is None or test.labels is None or train.labels is None or not (train.labels >= 0).any():
+        return [None] * len(columns)
+    bank = bank_of(config, train)
+    features, queries = (embed_all(encoder, images, accelerator, "backbone") for images in (bank, test))
+    answers = ([i.labels if c == "label" else i.columns[c] for i in (bank, test)] for c in columns)
+    return [knn_top1(features, known.to(features.device), queries, truth.to(features.device)) for known, truth in answers]
 
 
 def closing(config: TrainConfig, encoder: Encoder, data: dict, recipe: augment.Recipe, accelerator: Accelerator) -> dict:
@@ -46,9 +47,8 @@ def closing(config: TrainConfig, encoder: Encoder, data: dict, recipe: augment.R
     """
     if config.max_steps and not config.knn_every:
         return {}
-    results = {"knn_top1": knn(config, encoder, data, accelerator)}
-    if config.dataset_name == "shapes":
-        results["knn_color_top1"] = knn(config, encoder, data, accelerator, column="color")
+    columns = {"knn_top1": "label"} | ({"knn_color_top1": "color"} if config.dataset_name == "shapes" else {})
+    results = dict(zip(columns, knn(config, encoder, data, accelerator, tuple(columns.values())), strict=True))
     if accelerator.is_main_process:
         images = data["test"] or data["train"]
         some = images.take(torch.arange(min(2000, len(images))))
