@@ -36,6 +36,7 @@ def train(config: TrainConfig) -> dict:
         mixed_precision=precision(config.mixed_precision),
         log_with=None if config.log_with == "none" else config.log_with,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        project_dir=config.save_root,
     )
     processes, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     config.check_processes(processes)
@@ -68,7 +69,7 @@ def train(config: TrainConfig) -> dict:
         start, seconds = restore(run, method, optimizer, accelerator)
     data = {k: v.to(accelerator.device) if v else None for k, v in data.items()}
     if config.log_with != "none":
-        accelerator.project_configuration.set_directories(str(run))
+        accelerator.project_configuration.logging_dir = str(run)
         accelerator.init_trackers("care_hub", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
 
     log = Log(run, plan, start, config, accelerator)

@@ -11,7 +11,7 @@ import torch
 from conftest import metrics, train
 from PIL import Image
 
-from care_hub.data import sources
+from care_hub.data import shapes, sources
 from care_hub.errors import CareHubError
 
 
@@ -40,6 +40,10 @@ def test_shapes_are_held_with_both_labels():
     images = sources.load("shapes", "test", progress=False)
     assert images.held.shape == (2000, 3, 32, 32) and images.held.dtype == torch.uint8
     assert len(images.labels) == len(images.columns["color"]) == 2000 and images.class_names[0] == "circle"
+    table = shapes.make("test")
+    assert images.labels.tolist() == table["label"] and images.columns["color"].tolist() == table["color"]
+    np.testing.assert_array_equal(images.held[7].permute(1, 2, 0), np.asarray(table[7]["image"]))
+    assert sources.load("shapes", "test", size=48).held.shape == (2000, 3, 48, 48)
 
 
 def test_each_named_set_is_read_in_its_hub_layout(tmp_path):

@@ -116,12 +116,17 @@ def render(f: dict[str, np.ndarray]) -> np.ndarray:
     return out
 
 
+def split_factors(split: str = "train", seed: int = 0) -> dict[str, np.ndarray]:
+    """`factors` of the 5,000 training or 2,000 test pictures."""
+    return factors(SIZES[split], seed * 2 + (split == "test"))
+
+
 def make(split: str = "train", seed: int = 0):
     """The split as a `datasets.Dataset`: image, label (shape), color, and the other factors as numbers."""
     from datasets import ClassLabel, Dataset, Features, Image, Value
     from PIL import Image as Picture
 
-    f = factors(SIZES[split], seed * 2 + (split == "test"))
+    f = split_factors(split, seed)
     pictures = [Picture.fromarray(p) for p in render(f)]
     columns = {"image": Image(), "label": ClassLabel(names=list(SHAPES)), "color": ClassLabel(names=list(COLORS))}
     numbers = ("x", "y", "size", "rotation", "background")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -204,19 +205,30 @@ def load(
     about = spec(name)
     size = size or about.size
     if name == "shapes":
-        rows = shapes.make(split, seed=0)
-    else:
-        splits = _read(name, about, root)
-        wanted = about.train.split("+") if split == "train" else [s for s in about.test if s in splits][:1]
-        if split == "test" and not wanted:
-            return None
-        missing = [s for s in wanted if s not in splits]
-        if missing:
-            raise CareHubError(f"data set '{name}' has no split '{missing[0]}'; it has {', '.join(splits)}.")
-        from datasets import concatenate_datasets
+        return _shapes(split, size)
+    splits = _read(name, about, root)
+    wanted = about.train.split("+") if split == "train" else [s for s in about.test if s in splits][:1]
+    if split == "test" and not wanted:
+        return None
+    missing = [s for s in wanted if s not in splits]
+    if missing:
+        raise CareHubError(f"data set '{name}' has no split '{missing[0]}'; it has {', '.join(splits)}.")
+    from datasets import concatenate_datasets
 
-        rows = splits[wanted[0]] if len(wanted) == 1 else concatenate_datasets([splits[s] for s in wanted])
+    rows = splits[wanted[0]] if len(wanted) == 1 else concatenate_datasets([splits[s] for s in wanted])
     return _images(rows, name, split, about, size, image_column, label_column, workers, skip_broken, progress)
+
+
+def _shapes(split: str, size: int) -> Images:
+    """The embedded set without the detour through files (`shapes.make` is for people who want it as a table)."""
+    drawn = shapes.split_factors(split)
+    rendered = shapes.render(drawn)
+    if size != shapes.SIDE:
+        rendered = np.stack([np.asarray(pictures.fit(pictures.rgb(p), size)) for p in rendered])
+    columns = {k: torch.from_numpy(v) for k, v in drawn.items()}
+    return Images(
+        size, columns.pop("label"), list(shapes.SHAPES), torch.from_numpy(rendered).permute(0, 3, 1, 2).contiguous(), columns=columns
+    )
 
 
 def _read(name: str, about: Spec, root: str | None):
@@ -257,7 +269,7 @@ def _imagenet100_folders(root: Path) -> dict[str, list[str]]:
 
 
 def _images(rows, name, split, about, size, image_column, label_column, workers, skip_broken, progress) -> Images:
-    from datasets import ClassLabel, Image, Value
+    from datasets import ClassLabel, Image
 
     features = rows.features
     kinds = [k for k, v in features.items() if isinstance(v, Image)]
@@ -270,12 +282,10 @@ def _images(rows, name, split, about, size, image_column, label_column, workers,
         if label_column or split == "test":
             raise CareHubError(f"data set '{name}' has no label column '{label}' (its columns: {', '.join(features)}); use --label-column.")
         label = None
-    numbers = [k for k, v in features.items() if isinstance(v, ClassLabel) or (isinstance(v, Value) and v.dtype != "string")]
-    columns = {k: torch.as_tensor(rows[k]) for k in numbers} if name == "shapes" else {}
     y = torch.as_tensor([-1 if v is None else int(v) for v in rows[label]]) if label else None
     names = features[label].names if label and isinstance(features[label], ClassLabel) else None
     cells = rows.select_columns([image]).rename_columns({image: "image"}).cast_column("image", Image(decode=False))
-    images = Images(size, y, names, rows=cells, columns=columns, skip_broken=skip_broken, workers=workers)
+    images = Images(size, y, names, rows=cells, skip_broken=skip_broken, workers=workers)
     if len(cells) * 3 * size * size > HELD_BYTES:
         images.size = round(size * 8 / 7)
         return images
@@ -306,7 +316,6 @@ def _hold(images: Images, title: str, progress: bool) -> Images:
     if not good.all():
         images.skipped.sort()
         images.labels = None if images.labels is None else images.labels[good]
-        images.columns = {k: v[good] for k, v in images.columns.items()}
         held = held[good]
     images.held, images.rows = held, None
     return images
