@@ -1,7 +1,7 @@
 """What makes many processes one: a gather and a BatchNorm through which gradients flow.
 
 Convention: every process computes the same loss L of the global batch, and DistributedDataParallel averages the
-gradients of W processes; so what leaves `gather` backwards is W times the process's own part.
+gradients of W processes; so what leaves `gather` backwards is the sum over the processes, W times dL / dx.
 """
 
 import torch
@@ -24,23 +24,14 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        rank, size = world()
-        return grad.chunk(size)[rank] * size
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(world()[1])[world()[0]]
 
 
 def gather(x: Tensor) -> Tensor:
     """(b, ...) of every process -> (W b, ...) in rank order, the same everywhere."""
     return x if world()[1] == 1 else _Gather.apply(x)
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    backward = forward
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -56,15 +47,16 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         shape = [1, -1] + [1] * (x.ndim - 2)
         y = x if x.dtype == torch.float64 else x.float()
         count = y.numel() // y.shape[1] * world()[1]
-        mean = _Sum.apply(y.sum(axes)) / count
-        centred = y - mean.view(shape)
-        var = _Sum.apply(centred.square().sum(axes)) / count
+        local_var, local_mean = torch.var_mean(y, axes, correction=0)
+        means, variances = gather(torch.stack([local_mean, local_var])[None]).unbind(1)  # (W, C) each, equal counts
+        mean = means.mean(0)
+        var = (variances + (means - mean).square()).mean(0)  # Chan et al. 1979: exact, and no difference of large sums
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
         scale = (self.weight / (var + self.eps).sqrt()).view(shape)
-        return (centred * scale + self.bias.view(shape)).to(x.dtype)
+        return ((y - mean.view(shape)) * scale + self.bias.view(shape)).to(x.dtype)
 
 
 class GlobalBatchNormAct(GlobalBatchNorm, BatchNormAct2d):

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import care_hub
-from care_hub import augment, cli
+from care_hub import augment, checkpoint, cli
 from care_hub.config import Plan, TrainConfig, lr_at
 from care_hub.errors import CareHubError
 from care_hub.views import make_views, order
@@ -78,7 +78,8 @@ def test_killed_at_any_moment_a_resumed_run_equals_one_that_was_never_stopped(tm
     shutil.rmtree(killed / "checkpoints" / "step-00000006")
     half = killed / "checkpoints" / "step-00000008" / "model.safetensors"
     half.write_bytes(half.read_bytes()[:1000])
-    assert "is damaged" in train(tmp_path, "--run-name", "killed", "--resume", ok=False).stderr
+    with pytest.raises(CareHubError, match="step-00000008' is damaged"):
+        checkpoint.load(killed / "checkpoints")
 
 
 def test_an_interrupted_run_keeps_its_last_step(tmp_path):
@@ -225,10 +226,10 @@ def test_processes_that_do_not_divide_the_batch():
 
 
 def test_export_holds_what_the_checkpoint_holds(tiny_run):
-    checkpoint = load_file(tiny_run / "checkpoints" / "step-00000006" / "model.safetensors")
+    stored = load_file(tiny_run / "checkpoints" / "step-00000006" / "model.safetensors")
     encoder = care_hub.Encoder.from_pretrained(tiny_run)
     for name, tensor in encoder.state_dict().items():
-        assert torch.equal(tensor, checkpoint[f"encoder.{name}"])
+        assert torch.equal(tensor, stored[f"encoder.{name}"])
 
 
 def test_tensorboard_tracker(tmp_path):
