@@ -13,11 +13,15 @@ _HOMES = {
     "Encoder": "encoder",
     "load_encoder": "encoder",
     "create_model": "models",
-    "list_models": "models",
+    "list_models": "registry",
+    "register_encoder": "registry",
+    "LinearHead": "classifier",
+    "load_linear_head": "classifier",
+    "load_classifier": "classifier",
     "TrainConfig": "config",
     "train": "trainer",
 }
-_MODULES = ("augment", "losses", "models", "rotation")
+_MODULES = ("augment", "losses", "models", "registry", "rotation")
 
 __all__ = ["CareHubError", *_HOMES, *_MODULES]
 

@@ -149,8 +149,9 @@ def crop(x: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
     rows = _resize_matrix(box[:, 0], box[:, 2], x.shape[2], size)
     columns = _resize_matrix(box[:, 1], box[:, 3], x.shape[3], size)
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    rows, columns = (m.to(x.dtype).to(x.device, non_blocking=True)[:, None] for m in (rows, columns))
-    return (rows @ x @ columns.transpose(2, 3)).clamp(0, 1)
+    rows, columns = (m.to(x.dtype).to(x.device, non_blocking=True) for m in (rows, columns))
+    x = torch.bmm(x.flatten(1, 2), columns.transpose(1, 2)).unflatten(1, x.shape[1:3])  # all channels in one product
+    return (rows[:, None] @ x).clamp_(0, 1)
 
 
 def _resize_matrix(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:
@@ -165,17 +166,14 @@ def _resize_matrix(start: Tensor, length: Tensor, full: int, size: int) -> Tenso
 
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue in each row's own order."""
-    operations = (_brightness, _contrast, _saturation, _hue)
-    factors = factors.to(x.dtype)
+    x, factors = x.clone(), factors.to(x.dtype)
     for place in order.T:
-        parts = [(op, (place == k).nonzero().squeeze(1)) for k, op in enumerate(operations)]
-        changed = x.clone()
-        for op, index in parts:
+        for k, operation in enumerate((_brightness, _contrast, _saturation, _hue)):
+            index = (place == k).nonzero().squeeze(1)
             if len(index):
+                factor = factors[index, k].to(x.device, non_blocking=True).view(-1, 1, 1, 1)
                 where = index.to(x.device, non_blocking=True)
-                factor = factors[index, operations.index(op)].to(x.device, non_blocking=True).view(-1, 1, 1, 1)
-                changed[where] = op(x[where], factor)
-        x = changed
+                x.index_copy_(0, where, operation(x.index_select(0, where), factor))
     return x
 
 
@@ -198,19 +196,17 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 def _hue(x: Tensor, turns: Tensor) -> Tensor:
     """Rotate the hue of HSV by `turns` (1 = full circle); the way back is the closed form of Smith (1978)."""
-    value, least = x.amax(dim=1), x.amin(dim=1)
-    chroma = value - least
-    safe = torch.where(chroma > 0, chroma, 1)
     red, green, blue = x.unbind(dim=1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    scale = torch.where(chroma > 0, chroma, 1).reciprocal()
     sixths = torch.where(
-        value == red, (green - blue) / safe, torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
+        value == red, (green - blue) * scale, torch.where(value == green, (blue - red) * scale + 2, (red - green) * scale + 4)
     )
-    sixths = (sixths + 6 * turns.squeeze(3)) % 6
-    channels = []
-    for offset in (5, 3, 1):
-        k = (sixths + offset) % 6
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, dim=1)
+    sixths = sixths / 6 + turns.squeeze(3)
+    k = sixths[:, None] + torch.tensor((5 / 6, 3 / 6, 1 / 6), dtype=x.dtype).to(x.device, non_blocking=True).view(3, 1, 1)
+    k = (k - k.floor()).mul_(6)  # faster than a remainder
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
 def greyscale(x: Tensor, which: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Words to actions: the options of train.py and the `care-hub` command."""
 
 import dataclasses
+import json
 import sys
 import typing
 from pathlib import Path
@@ -11,7 +12,7 @@ from .config import TrainConfig, flag, read_yaml
 from .errors import CareHubError
 
 # What may change when a run is resumed; everything else would make it another run.
-FREE_ON_RESUME = {"resume", "run_name", "save_root", "data_root", "max_steps", "num_workers", "log_with"}
+FREE_ON_RESUME = {"resume", "run_name", "save_root", "data_root", "max_steps", "num_workers", "log_with", "push_to_hub"}
 FREE_ON_RESUME |= {"checkpoint_every", "knn_every", "dry_run", "compile"}
 
 
@@ -88,6 +89,25 @@ def train(context: click.Context, config_file: str | None, **values) -> None:
         torch.distributed.destroy_process_group()
 
 
+@click.command("eval_linear", cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.option("--encoder", required=True, help="a run folder, an export folder, a registry name or a Hub id")
+@click.option("--dataset-name", required=True, help="as in train.py")
+@click.option("--data-root", help="a local copy of it")
+@click.option("--image-column", help="the column with the pictures, where it has an unusual name")
+@click.option("--label-column", help="the column with the labels, where it has an unusual name")
+@click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="loader processes, for large data sets")
+@click.option("--skip-broken-images", is_flag=True, help="count and name pictures that can't be decoded instead of stopping")
+@click.option("--seed", type=int, default=0, show_default=True, help="seed of the validation split that chooses the penalty")
+@click.option("--output-dir", type=click.Path(), help="where encoder and head go (default: the head goes beside the encoder)")
+@click.option("--push-to-hub", metavar="ORG/NAME", help="push encoder, head and card there")
+def eval_linear(encoder: str, dataset_name: str, data_root: str | None, output_dir: str | None, push_to_hub: str | None, **options) -> None:
+    """Train a linear head on the frozen encoder's backbone features and save it. The last line is the result as JSON."""
+    options["skip_broken"] = options.pop("skip_broken_images")
+    from .evaluate.linear import evaluate
+
+    print(json.dumps(evaluate(encoder, dataset_name, data_root, output_dir, push_to_hub, **options)))
+
+
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="care-hub")
 def main() -> None:
@@ -96,7 +116,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("pictures", type=click.Path())
-@click.option("--encoder", required=True, help="a run folder or an export folder")
+@click.option("--encoder", required=True, help="a run folder, an export folder, a registry name or a Hub id")
 @click.option("-o", "--output", required=True, type=click.Path(), help="a .parquet, .safetensors or .npy file")
 @click.option(
     "--space",
@@ -114,15 +134,10 @@ def embed(pictures: str, encoder: str, output: str, space: str, batch_size: int)
         raise CareHubError(f"'{output}' must end in {', '.join(writers)}.")
     if not path.absolute().parent.is_dir():
         raise CareHubError(f"the folder '{path.parent}' for the output does not exist.")
-    source = Path(pictures)
-    if not source.exists():
-        raise CareHubError(f"there is no file or folder '{pictures}'.")
-    from .data.pictures import files
+    found, names = _pictures(pictures)
     from .encoder import load_encoder
 
-    found = files(source) if source.is_dir() else [source]
     z = load_encoder(encoder).encode(found, batch_size=batch_size, space=space, progress=sys.stderr.isatty())
-    names = [str(p.relative_to(source)) if source.is_dir() else p.name for p in found]
     writers[path.suffix](path, names, z)
     print(f"{len(z):,} embeddings of {z.shape[1]} numbers in {path}")
 
@@ -136,6 +151,88 @@ def convert(checkpoint: str, out: str, dataset_name: str | None) -> None:
     from .convert import convert as run
 
     print(f"encoder written to {run(checkpoint, out, dataset_name)}")
+
+
+@main.command()
+@click.argument("pictures", type=click.Path())
+@click.option("--encoder", required=True, help="a run folder, an export folder, a registry name or a Hub id")
+@click.option("--dataset", help="which of its linear heads, where it has several")
+@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
+def classify(pictures: str, encoder: str, dataset: str | None, batch_size: int) -> None:
+    """Name the class of each of PICTURES (a folder or one picture): path, label and probability, separated by tabs."""
+    found, names = _pictures(pictures)
+    from .classifier import load_classifier
+
+    labels, probabilities = load_classifier(encoder, dataset).classify(found, batch_size, progress=sys.stderr.isatty())
+    for name, label, row in zip(names, labels, probabilities, strict=True):
+        print(f"{name}\t{label}\t{row.max():.4f}")
+
+
+@main.command("list")
+@click.argument("wildcard", default="")
+@click.option("--pretrained", is_flag=True, help="encoders that load by name")
+@click.option("--hub", is_flag=True, help="CARE repositories on the Hub")
+@click.option("--author", help="with --hub: of this person or organisation")
+def list_command(wildcard: str, pretrained: bool, hub: bool, author: str | None) -> None:
+    """Show names that match WILDCARD: without an option the package's encoders and architectures."""
+    from .registry import entries, list_models
+
+    if hub:
+        rows = list_models(wildcard, hub=True, author=author)
+    else:
+        rows = [_entry_line(entries()[name]) for name in list_models(wildcard, pretrained=True)]
+        if not pretrained:
+            from .models import SMALL
+
+            rows += [f"{name}  (architecture)" for name in list_models(wildcard) if name in SMALL]
+    print("\n".join(rows) if rows else "nothing found")
+
+
+@main.command()
+@click.argument("source")
+@click.option("--revision", help="a branch, tag or commit on the Hub")
+def info(source: str, revision: str | None) -> None:
+    """Say what the encoder SOURCE (a folder, a registry name or a Hub id) is and how good; as JSON."""
+    from .classifier import LinearHead, heads
+    from .encoder import read_config
+    from .registry import locate
+
+    folder = locate(source, revision=revision)
+    config = read_config(folder)
+    care = {k: v for k, v in config["care"].items() if k not in ("training",)}
+    loaded = [LinearHead.load(path) for path in heads(folder)]
+    care["linear_heads"] = {head.dataset: head.metrics | {"classes": len(head.class_names)} for head in loaded}
+    print(json.dumps({"architecture": config["architecture"], "num_features": config["num_features"]} | care, indent=2))
+
+
+@main.command()
+@click.argument("folder", type=click.Path())
+@click.argument("repository", metavar="ORG/NAME")
+@click.option("--private/--public", default=None, help="of a new repository")
+@click.option("--revision", help="a branch, made if need be")
+@click.option("--create-pr", is_flag=True, help="open a pull request instead of committing")
+@click.option("--commit-message")
+def push(folder: str, repository: str, **options) -> None:
+    """Upload the export in FOLDER (or a run's) to ORG/NAME on the Hub, with its model card."""
+    from .hub import push as run
+
+    print(run(folder, repository, **options))
+
+
+def _entry_line(entry) -> str:
+    metrics = ", ".join(f"{k} {v:.1f} %" for k, v in entry.metrics.items())
+    return f"{entry.name}  ({', '.join(filter(None, (entry.repo_id, metrics, entry.license)))})"
+
+
+def _pictures(source: str) -> tuple[list[Path], list[str]]:
+    """The pictures of a folder, or the one, and their names."""
+    path = Path(source)
+    if not path.exists():
+        raise CareHubError(f"there is no file or folder '{source}'.")
+    from .data.pictures import files
+
+    found = files(path) if path.is_dir() else [path]
+    return found, [str(p.relative_to(path)) if path.is_dir() else p.name for p in found]
 
 
 def _write_parquet(path: Path, names: list[str], z) -> None:

@@ -79,6 +79,7 @@ class TrainConfig:
     run_name: str | None = option(None, "name of the run folder (default: <dataset>-<method>-<first free number>)")
     resume: bool = option(False, "go on from the newest complete checkpoint of --run-name")
     log_with: str = option("none", "none, tensorboard or wandb", ("none", "tensorboard", "wandb"))
+    push_to_hub: str | None = option(None, "ORG/NAME: push the export there when training ends; token and name are checked before")
     dry_run: bool = option(False, "print the plan and stop")
 
     def __post_init__(self) -> None:

@@ -4,6 +4,8 @@ Convention: every process computes the same loss L of the global batch, and Dist
 gradients of W processes; so what leaves `gather` backwards is the sum over the processes, W times dL / dx.
 """
 
+import os
+
 import torch
 import torch.distributed as dist
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
@@ -74,3 +76,11 @@ def global_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     for child in module.modules():
         child.__class__ = twins.get(type(child), type(child))  # the same parameters and buffers, another forward
     return module
+
+
+def use_all_cores(device: torch.device) -> int:
+    """Share the cores among this machine's processes; `accelerate launch` and torchrun ask for one thread each."""
+    if device.type == "cpu" and int(os.environ.get("OMP_NUM_THREADS", "1") or 1) <= 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return torch.get_num_threads()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from .errors import CareHubError
 from .models import SMALL, create_model, from_plain, to_plain
 
 SPACES = ("projection", "backbone")
+CONFIG_BYTES = 1 << 20
 
 
 def projection_head(inputs: int, hidden: int, outputs: int, norm: bool) -> nn.Sequential:
@@ -135,26 +137,31 @@ class Encoder(nn.Module):
 
     def _resize(self, x: Tensor) -> Tensor:
         """Tensors to the encoder's size, as `pictures.fit` does for pictures."""
-        size = self.care["image_size"]
-        if x.shape[-2:] == (size, size):
+        size, (height, width) = self.care["image_size"], x.shape[-2:]
+        if (height, width) == (size, size):
             return x
         x = x.float() / 255 if x.dtype == torch.uint8 else x
-        short, (height, width) = round(size / self.care["crop_pct"]), x.shape[-2:]
-        scale = short / min(height, width)
-        shape = [max(short, round(height * scale)), max(short, round(width * scale))]
-        x = F.interpolate(x, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+        width, height = pictures.fitted_shape(width, height, size, self.care["crop_pct"])
+        x = F.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        top, left = pictures.central(height, size), pictures.central(width, size)
         return x[..., top : top + size, left : left + size]
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write config.json, model.safetensors (backbone, plain timm) and projection.safetensors (if there is a head)."""
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write config.json, model.safetensors (backbone, plain timm) and projection.safetensors (if there is a head).
+
+        `dtype` torch.float16 halves the files: kernels and matrices are rounded to it, vectors are not.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         stem = SMALL.get(self.care["model"])
-        state = {k: v.detach().cpu().contiguous() for k, v in self.backbone.state_dict().items()}
-        files = {"model.safetensors": to_plain(state, stem) if stem else state}
+
+        def stored(module: nn.Module) -> dict[str, Tensor]:
+            state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+            return {k: v.to(dtype) if dtype and v.ndim > 1 else v for k, v in state.items()}
+
+        files = {"model.safetensors": to_plain(stored(self.backbone), stem) if stem else stored(self.backbone)}
         if self.projection is not None:
-            files["projection.safetensors"] = {k: v.detach().cpu().contiguous() for k, v in self.projection.state_dict().items()}
+            files["projection.safetensors"] = stored(self.projection)
         for name, tensors in files.items():
             save_file(tensors, folder / name, metadata={"format": "pt"})
         config = timm_config(self.care, self.backbone)
@@ -162,35 +169,101 @@ class Encoder(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         return folder
 
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """Save and upload; `options` (private, revision, token, create_pr, commit_message) as in `hub.push`."""
+        from .hub import push
+
+        with TemporaryDirectory() as folder:
+            return push(self.save_pretrained(folder), repo_id, **options)
+
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> "Encoder":
-        """Load an export folder, or a run folder that holds one. Raises CareHubError where anything does not fit."""
-        folder = Path(source)
-        folder = folder / "export" if (folder / "export" / "config.json").is_file() else folder
-        if not (folder / "config.json").is_file():
-            raise CareHubError(f"'{source}' is not an export folder or a run folder with one (no config.json there).")
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            care = config["care"]
-            care = care if (folder / "projection.safetensors").is_file() else care | {"projection": None}
-            encoder = cls(care)
-            if (expected := timm_config(care, encoder.backbone)["architecture"]) != config["architecture"]:
-                raise CareHubError(f"'{folder / 'config.json'}' contradicts itself: its model is {care['model']}, "
-                                   f"which timm knows as {expected}, not {config['architecture']}.")  # fmt: skip
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CareHubError(f"'{folder / 'config.json'}' is not a care_hub configuration ({error!r}).") from error
-        _check_sums(folder, care.get("sha256", {}))
+    def from_pretrained(
+        cls, source: str | Path, revision: str | None = None, token: str | None = None, cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "Encoder":  # fmt: skip
+        """The encoder in a run folder or an export folder, of a registry name, or of a Hub repository, in eval mode.
+
+        Raises CareHubError where anything is missing, damaged or does not fit; nothing is ever unpickled.
+        """
+        from .registry import locate
+
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        return cls.from_folder(locate(source, **options))
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Encoder":
+        """Load an export folder, trusting nothing in it."""
+        config = read_config(folder)
+        care = config["care"]
+        _check_sums(folder, care["sha256"])
         state = _tensors(folder / "model.safetensors")
+        head = _tensors(folder / "projection.safetensors") if (folder / "projection.safetensors").is_file() else None
+        if head is None:
+            care = care | {"projection": None}
+        elif care["projection"] != (found := _projection_of(head)):
+            raise CareHubError(f"'{folder / 'config.json'}' and the weights disagree on the head: {care['projection']}, {found}.")
+        encoder = cls(care)
+        expected = timm_config(care, encoder.backbone)
+        for key in ("architecture", "num_classes", "num_features", "pretrained_cfg", "model_args"):
+            if config.get(key) != expected.get(key):
+                raise CareHubError(
+                    f"'{folder / 'config.json'}' contradicts itself: for {care['model']}, {key} should be {expected.get(key)} "
+                    f"and is {config.get(key)}."
+                )
         stem = SMALL.get(care["model"])
         fill(encoder.backbone, from_plain(state, stem) if stem else state, folder / "model.safetensors")
-        if encoder.projection is not None:
-            fill(encoder.projection, _tensors(folder / "projection.safetensors"), folder / "projection.safetensors")
+        if head is not None:
+            fill(encoder.projection, head, folder / "projection.safetensors")
         return encoder.eval()
 
 
-def load_encoder(source: str | Path) -> Encoder:
-    """The encoder in a run folder or an export folder, in eval mode, on the GPU if there is one."""
-    return Encoder.from_pretrained(source).to("cuda" if torch.cuda.is_available() else "cpu")
+def load_encoder(
+    source: str | Path, revision: str | None = None, token: str | None = None, cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Encoder:  # fmt: skip
+    """`Encoder.from_pretrained`, on the GPU if there is one."""
+    encoder = Encoder.from_pretrained(source, revision, token, cache_dir, local_files_only)
+    return encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def export_folder(source: str | Path) -> Path:
+    """An export folder, or a run folder that holds one -> the export folder."""
+    folder = Path(source)
+    folder = folder / "export" if (folder / "export" / "config.json").is_file() else folder
+    if not (folder / "config.json").is_file():
+        raise CareHubError(f"'{source}' is not an export folder or a run folder with one (no config.json there).")
+    return folder
+
+
+def read_config(folder: Path) -> dict:
+    """config.json, its `care` object checked for what rebuilding the encoder takes."""
+    path = folder / "config.json"
+    try:
+        if path.stat().st_size > CONFIG_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        care = config["care"]
+        size, numbers = care["image_size"], [*care["mean"], *care["std"], care["crop_pct"]]
+        head, sums = care.get("projection"), care.setdefault("sha256", {})
+        if not isinstance(care["model"], str) or type(size) is not int or not 1 <= size <= 2048:
+            raise ValueError(f"model {care['model']!r} at image_size {size!r}")
+        if len(numbers) != 7 or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or not 0 < numbers[-1] <= 1:
+            raise ValueError(f"mean, std, crop_pct {numbers}")
+        if head is not None and set(head) != {"inputs", "hidden", "outputs", "norm"}:
+            raise ValueError(f"projection {head}")
+        if not isinstance(sums, dict):
+            raise ValueError("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CareHubError(f"'{path}' is not a care_hub configuration ({error!r:.200}).") from error
+    return config
+
+
+def _projection_of(head: dict[str, Tensor]) -> dict:
+    """The shape of a projection head, from its weights."""
+    first, last = head.get("0.weight"), head.get("3.weight", head.get("2.weight"))
+    if first is None or last is None or first.ndim != 2 or last.ndim != 2:
+        return {}
+    return {"inputs": first.shape[1], "hidden": first.shape[0], "outputs": last.shape[0], "norm": "3.weight" in head}
 
 
 def _backbone(model: str, size: int) -> nn.Module:

@@ -91,22 +91,29 @@ for _name in SMALL:
 
 
 def create_model(name: str, pretrained: bool = False, num_classes: int = 0, **kwargs) -> nn.Module:
-    """A backbone by name: ours or any of timm's. `num_classes=0` (default) ends in pooled features.
+    """A backbone by name, for fine-tuning: ours or any of timm's. `num_classes=0` (default) ends in pooled features.
 
+    `pretrained`: CARE weights where the registry has some for `name` (`architecture` or `architecture.tag`), else timm's.
     Raises CareHubError for an unknown name, with the nearest known one.
     """
+    from .registry import find
+
+    if pretrained and (entry := find(name)):
+        from .encoder import Encoder
+
+        backbone = Encoder.from_pretrained(entry.name).backbone.train()
+        if num_classes:
+            backbone.reset_classifier(num_classes)
+        return backbone
     if not timm.is_model(name):
         near = suggest(name, timm.list_models())
-        raise CareHubError(f"there is no model '{name}'{near or '; care_hub.list_models() and timm.list_models() show them'}.")
+        raise CareHubError(f"there is no model '{name}'{near or '; care_hub.list_models() shows them'}.")
+    if pretrained and name.split(".", 1)[0] in SMALL:
+        raise CareHubError(f"there are no pretrained weights for '{name}'; care_hub.list_models(pretrained=True) shows those there are.")
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
     except (TypeError, AssertionError) as error:
         raise CareHubError(f"model '{name}' can't be built with {kwargs}: {error}.") from error
-
-
-def list_models(filter: str = "", pretrained: bool = False) -> list[str]:
-    """Names in timm's registry, ours included; wildcards as in `timm.list_models`."""
-    return timm.list_models(filter, pretrained=pretrained)
 
 
 def to_plain(state: dict[str, Tensor], stem: Stem) -> dict[str, Tensor]:
@@ -119,12 +126,13 @@ def to_plain(state: dict[str, Tensor], stem: Stem) -> dict[str, Tensor]:
     kernel[:, :, taps[:, None], taps[None, :]] = small
     pool = small.new_zeros(width, width, 3, 3)
     pool[:, :, stem.pool_tap, stem.pool_tap] = torch.eye(width, dtype=small.dtype)
+    vector = state["bn1.weight"]  # kernels may be stored in half precision, vectors not
     identity = {
         "maxpool.0.weight": pool,
-        "maxpool.1.weight": small.new_ones(width),
-        "maxpool.1.bias": small.new_zeros(width),
-        "maxpool.1.running_mean": small.new_zeros(width),
-        "maxpool.1.running_var": small.new_ones(width) - 1e-5,  # BatchNorm adds its eps back
+        "maxpool.1.weight": vector.new_ones(width),
+        "maxpool.1.bias": vector.new_zeros(width),
+        "maxpool.1.running_mean": vector.new_zeros(width),
+        "maxpool.1.running_var": vector.new_ones(width) - 1e-5,  # BatchNorm adds its eps back
         "maxpool.1.num_batches_tracked": torch.tensor(0),
     }
     return state | {"conv1.weight": kernel} | identity

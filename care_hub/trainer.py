@@ -1,10 +1,9 @@
 """The training loop."""
 
-import ctypes
 import dataclasses
 import json
-import os
 import platform
+import shlex
 import time
 import warnings
 from contextlib import nullcontext
@@ -14,16 +13,28 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list, send_to_device
 
-from . import checkpoint, report
+from . import card, checkpoint, hub, report
 from .config import Plan, TrainConfig, lr_at, write_yaml
 from .data import sources
-from .distributed import global_batch_norm
+from .distributed import global_batch_norm, use_all_cores
 from .encoder import Encoder, fill
 from .errors import CareHubError
 from .evaluate.monitor import closing, knn
 from .log import Interrupt, Log
 from .methods import MoCo, SimCLR
 from .views import make_views, recipe_of, training_batches
+
+# Of no meaning elsewhere; not part of a published record.
+PRIVATE = {
+    "data_root",
+    "save_root",
+    "run_name",
+    "resume",
+    "push_to_hub",
+    "dry_run",
+    "log_with",
+    "num_workers",
+}
 
 
 def train(config: TrainConfig) -> dict:
@@ -40,6 +51,8 @@ def train(config: TrainConfig) -> dict:
     )
     processes, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     config.check_processes(processes)
+    if config.push_to_hub and main and not config.dry_run:
+        hub.check_push(config.push_to_hub)
     threads = use_all_cores(accelerator.device)
 
     with accelerator.local_main_process_first():  # one process fills the cache of `datasets`
@@ -132,16 +145,6 @@ def precision(wanted: str) -> str:
     return "bf16" if any(probe() for probe in probes if probe) else "no"
 
 
-def use_all_cores(device: torch.device) -> int:
-    """Share the cores among this machine's processes; `accelerate launch` and torchrun ask for one thread each."""
-    if device.type == "cpu" and int(os.environ.get("OMP_NUM_THREADS", "1") or 1) <= 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    if device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: glibc would map and unmap every large tensor anew, page fault by page fault
-    return torch.get_num_threads()
-
-
 def load_split(config: TrainConfig, split: str, progress: bool) -> sources.Images | None:
     return sources.load(
         config.dataset_name, split, config.data_root, config.image_size, config.image_column, config.label_column,
@@ -205,7 +208,7 @@ def restore(run: Path, method, optimizer, accelerator: Accelerator) -> tuple[int
 
 
 def export(run: Path, config: TrainConfig, encoder: Encoder, data: dict, results: dict) -> None:
-    """export/, results.json and the closing screen."""
+    """export/ with its card, results.json, the closing screen, and the push if one was asked for."""
     import accelerate
     import timm
 
@@ -215,11 +218,18 @@ def export(run: Path, config: TrainConfig, encoder: Encoder, data: dict, results
         "timm": timm.__version__,
         "accelerate": accelerate.__version__,
     }
-    training = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("data_root", "save_root", "run_name", "resume")}
+    training = {k: v for k, v in dataclasses.asdict(config).items() if k not in PRIVATE}
     encoder.care |= {"method": config.label, "weight": config.weight, "groups": config.equiv_splits, "dataset": config.dataset_name}
     encoder.care |= {"seed": config.seed, "training": training, "results": results, "versions": versions}
     encoder.save_pretrained(run / "export")
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     images = data["test"] or data["train"]
     report.neighbours(encoder, images.take(torch.arange(min(2000, len(images)))), run / "export" / "neighbours.png")
+    card.write(run / "export")
     print(report.closing_screen(config, run, results, data["train"].skipped + (data["test"].skipped if data["test"] else [])))
+    if config.push_to_hub:
+        try:
+            print(f"\nPushed     {hub.push(run / 'export', config.push_to_hub)}")
+        except CareHubError as error:
+            later = f"care-hub push {shlex.quote(str(run))} {config.push_to_hub}"
+            raise CareHubError(f"the run is complete and kept, but it could not be pushed: {error} Push it later: {later}") from error

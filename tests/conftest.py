@@ -1,13 +1,24 @@
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
+
+from care_hub import cli
+
+# Before huggingface_hub is imported, which reads them once: a cache of our own, and plain LFS, which a small Hub can speak.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="care_hub_tests_")
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("CARE_HUB_TEST_DATA", ROOT.parent / "shared"))  # real data, where it is at hand
@@ -60,6 +71,20 @@ def train(root: Path, *flags, ok: bool = True, launcher=("python",), env=None) -
     return run(*launcher, ROOT / "train.py", "--save-root", root, *TINY, *flags, ok=ok, env=env)
 
 
+def train_here(root: Path, *flags) -> str:
+    """`train` in this process, which spares the start of another; returns what it printed."""
+    done = CliRunner().invoke(cli.train, [str(w) for w in ("--save-root", root, *TINY, *flags)])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def refusal(*flags) -> str:
+    """The one sentence with which train.py ends."""
+    done = CliRunner().invoke(cli.train, [str(w) for w in flags])
+    assert done.exit_code != 0 and "Traceback" not in done.output
+    return done.output
+
+
 def metrics(run_folder: Path) -> list[dict]:
     return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -68,5 +93,5 @@ def metrics(run_folder: Path) -> list[dict]:
 def tiny_run(tmp_path_factory) -> Path:
     """The run folder of a few CARE steps on `shapes`."""
     root = tmp_path_factory.mktemp("runs")
-    train(root, "--max-steps", "6", "--run-name", "tiny", "--knn-every", "1")
+    train_here(root, "--max-steps", "6", "--run-name", "tiny", "--knn-every", "1")
     return root / "tiny"

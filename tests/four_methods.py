@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from care_hub import report
+from care_hub import report, trainer
 from care_hub.config import TrainConfig
 from care_hub.trainer import train
 
@@ -15,9 +15,20 @@ METHODS = {
     "care-moco": {"weight": 0.3, "method": "moco", "queue_size": 32, "equivariant_batch_size": 8},
 }
 
+LOAD, LOADED = trainer.load_split, {}
+
+
+def load_once(config, split, progress):
+    """All runs see the same pictures; reading them anew takes longer than training on them."""
+    if split not in LOADED:
+        LOADED[split] = LOAD(config, split, progress)
+    return LOADED[split]
+
+
 if __name__ == "__main__":
     jobs, save_root, data_root = sys.argv[1:]
     report.neighbours = lambda *_: None  # no pictures of runs that nobody looks at
+    trainer.load_split = load_once
     for job in jobs.split(","):
         dtype, steps = job.split(":")
         torch.set_default_dtype(getattr(torch, dtype))

@@ -141,10 +141,11 @@ def test_export_round_trip_is_exact(encoder, pictures, tmp_path):
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float16])
 @pytest.mark.parametrize("model", ["resnet10_w32_small", "resnet18_w16_cifar", "resnet18"])
-def test_plain_timm_loads_an_export_and_agrees(model, pictures, tmp_path):
-    own = randomised(Encoder.new(model, image_size=32))
-    own.save_pretrained(tmp_path)
+def test_plain_timm_loads_an_export_and_agrees(model, dtype, pictures, tmp_path):
+    randomised(Encoder.new(model, image_size=32)).save_pretrained(tmp_path, dtype)
+    own = load_encoder(tmp_path)
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=plain))
     with torch.no_grad():

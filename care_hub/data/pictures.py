@@ -1,6 +1,7 @@
 """One picture, from wherever a person has it, to RGB of the size a network wants."""
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -55,15 +56,24 @@ def _array(array: np.ndarray) -> np.ndarray:
 
 
 def fit(picture: Image.Image, size: int, crop: float = 1.0) -> Image.Image:
-    """Resize the short side to `size / crop` (bicubic, antialiased) and cut out the central `size` x `size` square."""
-    short = round(size / crop)
-    width, height = picture.size
-    if min(width, height) != short:
-        scale = short / min(width, height)
-        picture = picture.resize((max(short, round(width * scale)), max(short, round(height * scale))), Image.Resampling.BICUBIC)
-    width, height = picture.size
-    left, top = (width - size) // 2, (height - size) // 2
+    """Resize the short side to `size / crop` (bicubic, antialiased) and cut out the central `size` x `size` square, to the
+    pixel as timm's evaluation transform does."""
+    (width, height), short = fitted_shape(*picture.size, size, crop), math.floor(size / crop)
+    if min(picture.size) != short:
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = central(width, size), central(height, size)
     return picture.crop((left, top, left + size, top + size)) if (width, height) != (size, size) else picture
+
+
+def fitted_shape(width: int, height: int, size: int, crop: float) -> tuple[int, int]:
+    """The size of a whole picture whose short side becomes `size / crop`."""
+    short, smaller = math.floor(size / crop), min(width, height)
+    return (short, int(short * height / width)) if width == smaller else (int(short * width / height), short)
+
+
+def central(full: int, size: int) -> int:
+    """Where a central window of `size` begins."""
+    return round((full - size) / 2)
 
 
 def cut(picture: Image.Image, box: tuple[int, int, int, int], size: int) -> Image.Image:
