@@ -5,7 +5,7 @@ becomes easy (accuracy near 100 %) while the features stay poor. Trains MoCo twi
 BatchNorm on batch statistics (as in training) and on running statistics (which know nothing of the batch), and prints
 contrastive accuracy and kNN of both as JSON.
 
-    python benchmarks/moco_leak.py --epochs 8
+    python benchmarks/moco_leak.py --epochs 10
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 import torch
 
 from care_hub import losses, trainer
-from care_hub.config import TrainConfig
+from care_hub.config import TrainConfig, read_yaml
 from care_hub.methods import MoCo
 
 
@@ -36,7 +36,8 @@ class RunningStatistics(MoCo):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--config", default="recipes/shapes_moco.yaml")
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--weight", type=float, default=0.0)
     args = parser.parse_args()
     original, rows = losses.moco, {}
@@ -50,8 +51,8 @@ def main() -> None:
 
         trainer.MoCo, losses.moco = method, counted
         with tempfile.TemporaryDirectory() as folder:
-            config = TrainConfig(method="moco", weight=args.weight, epochs=args.epochs, save_root=folder, knn_every=0)
-            results = trainer.train(config)
+            changes = {"weight": args.weight, "epochs": args.epochs, "save_root": folder, "knn_every": 0}
+            results = trainer.train(TrainConfig(**read_yaml(args.config) | changes))
         last = torch.stack(right[-len(right) // args.epochs :])
         rows[name] = {"contrastive_accuracy_last_epoch": round(100 * last.mean().item(), 1), "knn_top1": results["knn_top1"]}
     print(json.dumps(rows, indent=2))

@@ -33,7 +33,8 @@ class TrainConfig:
     projection_norm: bool = option(True, "BatchNorm in the projection head")
     # method
     method: str = option("simclr", "simclr or moco", ("simclr", "moco"))
-    weight: float = option(0.45, "lambda, the weight of the equivariance loss; 0 = the plain method")
+    weight: float = option(1.5, "lambda, the weight of the equivariance loss; 0 = the plain method")
+    weight_warmup_epochs: float = option(12, "epochs over which lambda grows from 0 to --weight; early on it would slow the learning")
     train_simclr: bool = option(False, "the plain method, as --weight 0")
     equiv_splits: int = option(8, "groups in the global batch; the images of a group share one augmentation")
     equivariant_batch_size: int | None = option(None, "how much of the global batch the equivariance loss sees (default: all of it)")
@@ -58,7 +59,7 @@ class TrainConfig:
     equivariance_crop: bool = option(True, "crop the views drawn per group too; without, they show the central crop")
     blur_taps: int = option(3, "width of the blur kernel in pixels, odd")
     # optimisation
-    epochs: int = option(10, "passes over the training images")
+    epochs: int = option(12, "passes over the training images")
     batch_size: int = option(64, "images per micro-batch over all processes together")
     gradient_accumulation: int = option(1, "micro-batches averaged per optimiser step; negatives and groups are those of one micro-batch")
     optimizer: str = option("sgd", "adam, adamw, sgd or lars", ("adam", "adamw", "sgd", "lars"))
@@ -109,7 +110,7 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise CareHubError(f"{flag(name)} must be positive, got {getattr(self, name)}.")
-        for name in ("weight", "lr", "weight_decay", "warmup_epochs", "knn_every", "num_workers"):
+        for name in ("weight", "lr", "weight_decay", "warmup_epochs", "weight_warmup_epochs", "knn_every", "num_workers"):
             if getattr(self, name) < 0:
                 raise CareHubError(f"{flag(name)} can't be negative, got {getattr(self, name)}.")
         for name in ("max_steps", "checkpoint_every", "image_size"):
@@ -177,7 +178,8 @@ class Plan:
     steps_per_epoch: int
     steps: int  # the whole schedule
     stop: int  # where this run ends
-    warmup: int
+    warmup: int  # of the learning rate
+    weight_warmup: int
 
     @classmethod
     def of(cls, config: TrainConfig, images: int) -> "Plan":
@@ -186,7 +188,13 @@ class Plan:
             raise CareHubError(f"{images} training images are fewer than the {per_step} of one optimiser step; lower --batch-size.")
         per_epoch = images // per_step
         steps = config.epochs * per_epoch
-        return cls(per_epoch, steps, min(steps, config.max_steps or steps), round(config.warmup_epochs * per_epoch))
+        return cls(
+            per_epoch,
+            steps,
+            min(steps, config.max_steps or steps),
+            round(config.warmup_epochs * per_epoch),
+            round(config.weight_warmup_epochs * per_epoch),
+        )
 
 
 def flag(name: str) -> str:
@@ -205,6 +213,11 @@ def lr_at(step: int, total: int, warmup: int, peak: float, schedule: str) -> flo
     if schedule == "constant":
         return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def weight_at(step: int, warmup: int, weight: float) -> float:
+    """Lambda at optimiser step `step` (from 0): grows linearly over `warmup` steps, then stays."""
+    return weight * min(1.0, (step + 1) / warmup) if warmup else weight
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -57,9 +57,9 @@ class Log:
     def losses(self, losses: dict[str, Tensor]) -> None:
         self.micro.append(torch.stack([losses[k].detach() for k in ("loss", "infonce", "equivariance")]))
 
-    def step(self, step: int, lr: float, seconds: float) -> None:
+    def step(self, step: int, lr: float, weight: float, seconds: float) -> None:
         self.seconds, self.steps = self.seconds + seconds, self.steps + 1
-        self.pending.append((step, lr, seconds, torch.stack(self.micro).mean(dim=0)))
+        self.pending.append((step, lr, weight, seconds, torch.stack(self.micro).mean(dim=0)))
         self.micro = []
         if self.steps == 1:
             self.first = seconds  # slower than the rest
@@ -72,15 +72,15 @@ class Log:
     def flush(self) -> None:
         if not self.pending:
             return
-        values = torch.stack([p[3] for p in self.pending]).tolist()
-        for (step, lr, seconds, _), (loss, infonce, equivariance) in zip(self.pending, values, strict=True):
+        values = torch.stack([p[-1] for p in self.pending]).tolist()
+        for (step, lr, weight, seconds, _), (loss, infonce, equivariance) in zip(self.pending, values, strict=True):
             speed = self.config.batch_size * self.config.gradient_accumulation / seconds
             if loss != loss or abs(loss) == float("inf"):
                 raise CareHubError(
                     f"the loss became {loss} at step {step + 1}; lower --lr or try --mixed-precision no (earlier checkpoints are kept)."
                 )
             row = {"step": step + 1, "epoch": step // self.plan.steps_per_epoch + 1, "loss": loss, "infonce": infonce}
-            self.write(row | {"equivariance": equivariance, "lr": lr, "images_per_second": speed})
+            self.write(row | {"equivariance": equivariance, "weight": weight, "lr": lr, "images_per_second": speed})
         self.bar.set_postfix_str(f"loss {loss:.3f} infonce {infonce:.3f} equi {equivariance:.3f} {speed:.0f} images/s", refresh=False)
         self.bar.update(len(self.pending))
         self.pending = []

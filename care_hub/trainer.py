@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list, send_to_device
 
 from . import card, checkpoint, hub, report
-from .config import Plan, TrainConfig, lr_at, write_yaml
+from .config import Plan, TrainConfig, lr_at, weight_at, write_yaml
 from .data import sources
 from .distributed import global_batch_norm, use_all_cores
 from .encoder import Encoder, fill
@@ -77,6 +77,7 @@ def train(config: TrainConfig) -> dict:
     # Renamed in newer torch; the old name is the one that torch 2.6 knows.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     method, optimizer = accelerator.prepare(method, make_optimizer(config, method))
+    care = accelerator.unwrap_model(method)
     start, seconds = 0, 0.0
     if config.resume:
         start, seconds = restore(run, method, optimizer, accelerator)
@@ -95,6 +96,7 @@ def train(config: TrainConfig) -> dict:
             lr = lr_at(step, plan.steps, plan.warmup, config.lr, config.lr_schedule_type)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            care.weight = weight_at(step, plan.weight_warmup, config.weight)
             for micro in range(config.gradient_accumulation):
                 images = send_to_device(next(batches), accelerator.device, non_blocking=True)
                 views = make_views(images, config, recipe, step * config.gradient_accumulation + micro, rank, processes)
@@ -105,8 +107,8 @@ def train(config: TrainConfig) -> dict:
                 log.losses(losses)
             optimizer.step()
             optimizer.zero_grad()
-            accelerator.unwrap_model(method).after_step()
-            log.step(step, lr, time.perf_counter() - began)
+            care.after_step()
+            log.step(step, lr, care.weight, time.perf_counter() - began)
 
             done, epoch_done = step + 1, (step + 1) % plan.steps_per_epoch == 0
             if interrupt.asked:

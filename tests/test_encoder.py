@@ -154,6 +154,18 @@ def test_plain_timm_loads_an_export_and_agrees(model, dtype, pictures, tmp_path)
     np.testing.assert_allclose(features, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("shape", [(300, 200), (97, 131), (64, 64), (63, 200)])
+def test_photos_of_any_size_are_prepared_as_timm_prepares_them(shape, tmp_path):
+    own = randomised(Encoder.new("resnet18", image_size=64, crop_pct=0.875))
+    own.save_pretrained(tmp_path)
+    plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=plain))
+    photo = Image.effect_mandelbrot(shape, (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    with torch.no_grad():
+        expected = plain(transform(photo)[None]).numpy()
+    np.testing.assert_allclose(own.encode(photo, space="backbone"), expected, atol=1e-5 * np.abs(expected).max())
+
+
 def test_without_a_projection_head_only_backbone_features(encoder, pictures, tmp_path):
     encoder.save_pretrained(tmp_path)
     (tmp_path / "projection.safetensors").unlink()

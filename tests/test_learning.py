@@ -1,0 +1,30 @@
+"""What full training reaches: `pytest -m slow`, half an hour on two slow cores. Not part of plain `pytest`."""
+
+import json
+
+import pytest
+from conftest import ROOT, run
+
+pytestmark = pytest.mark.slow
+
+
+def result(root, name, *flags) -> dict:
+    run("python", ROOT / "train.py", "--save-root", root, "--run-name", name, *flags, timeout=3000)
+    return json.loads((root / name / "results.json").read_text())
+
+
+def test_the_default_run_learns_shapes_and_rotates(tmp_path):
+    care, plain = result(tmp_path, "care"), result(tmp_path, "plain", "--weight", "0")
+    assert care["knn_top1"] >= 50
+    assert care["rotation_invariance_ratio"] <= 0.9 * plain["rotation_invariance_ratio"]
+    assert care["gram_deviation"] <= 0.5 * plain["gram_deviation"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--weight", "0")])
+def test_moco_learns_shapes(flags, tmp_path):
+    assert result(tmp_path, "moco", "--config", ROOT / "recipes" / "shapes_moco.yaml", *flags)["knn_top1"] >= 45
+
+
+def test_the_small_recipe_learns_real_cifar10(shared, tmp_path):
+    flags = ("--config", ROOT / "recipes" / "cifar10_small.yaml", "--data-root", shared("data/cifar10"))
+    assert result(tmp_path, "cifar", *flags)["knn_top1"] >= 45
