@@ -16,7 +16,7 @@ PAPER = "https://arxiv.org/abs/2306.13924"
 
 
 def write(folder: Path, name: str | None = None, before: str | None = None) -> Path:
-    """Write `folder`/README.md. `name`: the Hub id under which it will be found. `before`: the text of the card that it
+    """Write `folder`/README.md. `name`: the Hub id or registry name under which it will be found. `before`: the text of the card that it
     replaces (default: the one in the folder)."""
     path = folder / "README.md"
     if before is None and path.is_file():
@@ -94,15 +94,17 @@ def body(folder: Path, name: str | None) -> str:
     )
     parts = [f"# {(name or '').split('/')[-1] or _title(care)}", what]
     parts += [f"![{picture.stem}]({picture.name})" for picture in sorted(folder.glob("*.png"))]
-    parts += ["## Use", _ours(source, head, heads(folder)), "Without care_hub, in plain timm:", _timm(source, bool(name), stem, size)]
+    parts += ["## Use", _ours(source, head, heads(folder))]
+    if name is None or "/" in name:
+        parts += ["Without care_hub, in plain timm:", _timm(source, bool(name), stem, size)]
     if rows := accuracies(folder):
         table = [f"| {d} | {title} | {value:.2f} |" for d, kind, title, value in rows]
         parts += ["## Results", "\n".join(["| data set | measure (backbone features) | % |", "|---|---|---|", *table])]
     geometry = [(title, care["results"][key], text) for key, title, text in MEASURES if key in care.get("results", {}) and "knn" not in key]
     if geometry:
-        rows = [f"| {title} | {value:.4f} | {text} |" for title, value, text in geometry]
+        rows = [f"| {title} | {value:.4f} | {text.replace('|', chr(92) + '|')} |" for title, value, text in geometry]
         note = "On held-out pictures, in projection space; one orthogonal R fitted on one half, measured on the other."
-        parts += ["## Equivariance", note, "\n".join(["| | | |", "|---|---|---|", *rows])]
+        parts += ["## Equivariance", note, "\n".join(["| measure | value | meaning |", "|---|---|---|", *rows])]
     if training := care.get("training"):
         import yaml
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from care_hub import cli
+from care_hub.data import shapes
 
 # Before huggingface_hub is imported, which reads them once: a cache of our own, and plain LFS, which a small Hub can speak.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="care_hub_tests_")
@@ -37,6 +38,22 @@ def shared():
         return path
 
     return find
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shapes_drawn_once():
+    """`shapes` takes seconds to draw; within one process of the tests once is enough."""
+    render, drawn = shapes.render, {}
+
+    def once(factors):
+        key = factors["x"].tobytes()
+        if key not in drawn:
+            drawn[key] = render(factors)
+        return drawn[key].copy()
+
+    shapes.render = once
+    yield
+    shapes.render = render
 
 
 @pytest.fixture(scope="session")

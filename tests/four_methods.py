@@ -35,7 +35,7 @@ if __name__ == "__main__":
         for name, settings in METHODS.items():
             config = TrainConfig(
                 dataset_name="imagefolder", data_root=data_root, image_size=32, save_root=f"{save_root}/{job}", run_name=name, lr=0.02,
-                weight_decay=0.0, weight_warmup_epochs=0, batch_size=16, equiv_splits=4, projection_hidden=32, projection_dim=16, epochs=8, max_steps=int(steps),
-                checkpoint_every=100, mixed_precision="no", **settings,
+                weight_decay=0.0, weight_warmup_epochs=0, batch_size=16, equiv_splits=4, projection_hidden=32, projection_dim=16,
+                epochs=8, max_steps=int(steps), checkpoint_every=100, mixed_precision="no", **settings,
             )  # fmt: skip
             train(config)

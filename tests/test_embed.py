@@ -45,7 +45,7 @@ def test_the_installed_command_on_one_picture(tiny_run, photos, tmp_path):
         ({"pictures": "nowhere"}, "There is no file or folder 'nowhere'"),
         ({"output": "out.csv"}, "must end in .parquet"),
         ({"output": "absent/out.npy"}, "does not exist"),
-        ({"encoder": "absent"}, "is not an export folder"),
+        ({"encoder": "absent"}, "is not a folder, no Hub id"),
     ],
 )
 def test_what_a_person_gets_wrong(change, sentence, tiny_run, photos, tmp_path, monkeypatch):

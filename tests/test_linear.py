@@ -57,9 +57,16 @@ def test_eval_linear_saves_head_card_and_result(tiny_run, tmp_path):
     assert head.metrics["top1"] == result["top1"] and head.class_names[0] == "circle"
     values = {r.metric_name: r.metric_value for r in ModelCard.load(folder / "export" / "README.md").data.eval_results}
     assert values["linear probe top-1 (backbone)"] == result["top1"]
-    again = json.loads(eval_linear("--encoder", folder, "--dataset-name", "shapes", "--output-dir", tmp_path / "o").stdout.splitlines()[-1])
-    assert again["top1"] == result["top1"]
-    assert care_hub.load_classifier(tmp_path / "o").classify(torch.zeros(2, 3, 32, 32)).probabilities.shape == (2, 10)
+
+
+def test_a_head_goes_where_it_is_told(photos, tmp_path):
+    name = care_hub.list_models(pretrained=True)[0]
+    words = ("--dataset-name", "imagefolder", "--data-root", photos, "--output-dir", tmp_path / "o")
+    result = json.loads(eval_linear("--encoder", name, *words).stdout.splitlines()[-1])
+    assert (result["n_train"], result["n_test"], result["top5"]) == (48, 16, 100)
+    labels, probabilities = care_hub.load_classifier(tmp_path / "o", dataset="imagefolder").classify(photos / "test")
+    right = sum(label == ("cold" if k < 8 else "warm") for k, label in enumerate(labels))
+    assert 100 * right / 16 == result["top1"] and probabilities.shape == (16, 2)
 
 
 @pytest.mark.parametrize(

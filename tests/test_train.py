@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import care_hub
 from care_hub import augment, checkpoint, cli
-from care_hub.config import Plan, TrainConfig, lr_at
+from care_hub.config import Plan, TrainConfig, lr_at, weight_at
 from care_hub.errors import CareHubError
 from care_hub.views import make_views, order
 
@@ -60,7 +60,7 @@ def test_killed_at_any_moment_a_resumed_run_equals_one_that_was_never_stopped(tm
     with open(killed / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "lo')  # what a crash in mid-write leaves
     (killed / "checkpoints" / ".writing-1").mkdir()
-    train(tmp_path, "--run-name", "killed", "--resume")
+    train_here(tmp_path, "--run-name", "killed", "--resume")
     for name in ("model.safetensors", "projection.safetensors"):
         assert (killed / "export" / name).read_bytes() == (tmp_path / "whole" / "export" / name).read_bytes()
     losses = [[r["loss"] for r in metrics(tmp_path / name)] for name in ("whole", "killed")]
@@ -118,6 +118,13 @@ def test_learning_rate_schedule():
     rates = [lr_at(s, 100, 10, 1.0, "cosine") for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1 and rates[55] == pytest.approx(0.5) and rates[99] < 0.001
     assert lr_at(99, 100, 0, 0.3, "constant") == 0.3
+
+
+def test_lambda_grows_and_then_stays(tiny_run):
+    assert [weight_at(s, 4, 2.0) for s in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0] and weight_at(0, 0, 0.3) == 0.3
+    weights = [r["weight"] for r in metrics(tiny_run) if "loss" in r]
+    step = TrainConfig.weight / (TrainConfig.weight_warmup_epochs * (5000 // 16))
+    assert weights == pytest.approx([step * k for k in range(1, 7)])
 
 
 def test_gradient_accumulation_averages_micro_batches(tmp_path):

@@ -23,7 +23,7 @@ from .monitor import embed_all
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # candidates for the weight of |W|^2 / 2 beside the mean cross-entropy
 
 
-def fit_linear(features: Tensor, labels: Tensor, classes: int, penalty: float, steps: int = 200) -> tuple[Tensor, Tensor]:
+def fit_linear(features: Tensor, labels: Tensor, classes: int, penalty: float, steps: int = 100) -> tuple[Tensor, Tensor]:
     """(weight (C, d), bias (C,)) that minimise mean cross-entropy + penalty * |W|^2 / 2 over standardised features (N, d).
 
     Convex, solved by L-BFGS; the standardisation is folded into what is returned.
