@@ -18,6 +18,7 @@ _HOMES = {
     "LinearHead": "classifier",
     "load_linear_head": "classifier",
     "load_classifier": "classifier",
+    "Rotation": "rotation",
     "TrainConfig": "config",
     "train": "trainer",
 }

@@ -72,6 +72,14 @@ class Encoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all weights and statistics, in hexadecimal: tells whose embeddings something belongs to."""
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     @torch.no_grad()
     def embed(self, x: Tensor, space: str = "projection", dtype: torch.dtype | None = None) -> Tensor:
         """(B, 3, S, S) uint8 or float in [0, 1], of the encoder's own size -> (B, d) float32 on its device; eval mode."""

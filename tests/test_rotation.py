@@ -1,0 +1,115 @@
+"""A rotation can be fitted, applied, composed, undone, taken in part, and kept."""
+
+import numpy as np
+import pytest
+import torch
+
+import care_hub
+from care_hub.errors import CareHubError
+from care_hub.rotation import Rotation
+
+
+def sphere(n, d, seed=0):
+    return torch.nn.functional.normalize(torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def test_a_known_rotation_is_found_again_from_noisy_embeddings():
+    truth, z = Rotation.random(16, seed=3), sphere(500, 16)
+    found = Rotation.fit(z, truth(z))
+    torch.testing.assert_close(found.matrix, truth.matrix)
+    noisy = Rotation.fit(z, truth(z) + 0.05 * sphere(500, 16, seed=1))
+    assert (noisy.matrix - truth.matrix).abs().max() < 0.05
+    assert noisy.residual(z, truth(z)) < 1e-3 < Rotation.random(16, seed=4).residual(z, truth(z))
+
+
+def test_fitting_is_the_best_of_all_rotations():
+    z, z_t = sphere(50, 4), sphere(50, 4, seed=1)
+    best = Rotation.fit(z, z_t).residual(z, z_t)
+    proper = Rotation.fit(z, z_t, special=True)
+    assert torch.linalg.det(proper.matrix) > 0 and proper.residual(z, z_t) >= best - 1e-12
+    for seed in range(200):
+        assert Rotation.random(4, seed).residual(z, z_t) >= proper.residual(z, z_t) - 1e-9
+
+
+def test_what_goes_in_comes_out():
+    r, z = Rotation.random(8), sphere(3, 8)
+    for value in (z, z.float(), z.numpy(), z.numpy().astype(np.float32)):
+        turned = r(value)
+        assert type(turned) is type(value) and turned.dtype == value.dtype and turned.shape == value.shape
+        np.testing.assert_allclose(np.asarray(turned), (r.matrix @ z.T).T.numpy(), atol=1e-6)
+    with pytest.raises(CareHubError, match="8 numbers, these have 7"):
+        r(torch.zeros(2, 7))
+
+
+def test_composition_and_inverse():
+    a, b, z = Rotation.random(6, 1), Rotation.random(6, 2), sphere(5, 6)
+    torch.testing.assert_close((a @ b)(z), a(b(z)))
+    torch.testing.assert_close((a @ a.inv()).matrix, torch.eye(6, dtype=torch.float64))
+    with pytest.raises(CareHubError, match="different embedding spaces"):
+        a @ Rotation.random(5)
+
+
+@pytest.mark.parametrize("d", [2, 3, 16, 33])
+def test_half_a_rotation_twice_is_the_rotation(d):
+    r = Rotation.random(d, seed=d)
+    half = r.power(0.5)
+    torch.testing.assert_close((half @ half).matrix, r.matrix)
+    torch.testing.assert_close((r.power(1 / 3) @ r.power(2 / 3)).matrix, r.matrix)
+    torch.testing.assert_close(r.power(-1).matrix, r.inv().matrix)
+    torch.testing.assert_close(r.power(3).matrix, (r @ r @ r).matrix)
+    angle = torch.linalg.eigvals(r.matrix).angle().abs().sort().values
+    torch.testing.assert_close(torch.linalg.eigvals(half.matrix).angle().abs().sort().values, angle / 2, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("diagonal", [[-1, -1], [-1, -1, 1], [-1, -1, -1, -1, 1, 1], [1, 1, 1]])
+def test_half_of_half_turns(diagonal):
+    basis = Rotation.random(len(diagonal), 7).matrix
+    r = Rotation(basis @ torch.diag(torch.tensor(diagonal, dtype=torch.float64)) @ basis.T)
+    half = r.power(0.5)
+    torch.testing.assert_close((half @ half).matrix, r.matrix)
+
+
+def test_many_at_once():
+    truth = torch.stack([Rotation.random(5, k).matrix for k in range(3)])
+    z = torch.stack([sphere(40, 5, k) for k in range(3)])
+    found = Rotation.fit(z, z @ truth.transpose(1, 2), special=True)
+    torch.testing.assert_close(found.matrix, truth)
+    torch.testing.assert_close(found.power(0.5)(found.power(0.5)(z)), found(z))
+
+
+def test_a_reflection_has_no_fractional_power():
+    mirror = Rotation(torch.diag(torch.tensor([1.0, 1.0, -1.0])))
+    with pytest.raises(CareHubError, match="special=True"):
+        mirror.power(0.5)
+    torch.testing.assert_close(mirror.power(2).matrix, torch.eye(3, dtype=torch.float64))
+
+
+def test_kept_in_a_file_it_is_the_same(tmp_path):
+    z = sphere(30, 4)
+    encoder = care_hub.Encoder.new("resnet10_w16_small", hidden=8, outputs=4)
+    other = care_hub.Encoder.new("resnet10_w16_small", hidden=8, outputs=4)
+    r = Rotation.fit(z, sphere(30, 4, 1), encoder=encoder)
+    loaded = Rotation.load(r.save(tmp_path / "r.safetensors"))
+    assert torch.equal(loaded.matrix, r.matrix) and loaded.encoder == r.encoder
+    loaded.check(encoder)
+    encoder.save_pretrained(tmp_path / "e")
+    loaded.check(care_hub.load_encoder(tmp_path / "e"))
+    with pytest.raises(CareHubError, match="another encoder"):
+        loaded.check(other)
+    (tmp_path / "half").write_bytes((tmp_path / "r.safetensors").read_bytes()[:60])
+    with pytest.raises(CareHubError, match="not a rotation"):
+        Rotation.load(tmp_path / "half")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Rotation(torch.ones(3, 3)), "not orthogonal"),
+        (lambda: Rotation(torch.ones(3, 2)), "square"),
+        (lambda: Rotation.fit(torch.ones(3, 2), torch.ones(4, 2)), "as many embeddings"),
+        (lambda: Rotation.fit(torch.ones(3, 2) * float("nan"), torch.ones(3, 2)), "not finite"),
+    ],
+)
+def test_what_is_no_rotation_is_refused(call, message):
+    with pytest.raises(CareHubError, match=message):
+        call()
