@@ -45,7 +45,9 @@ class LinearHead:
         if config.is_file():
             values = json.loads(config.read_text())
             values["care"].setdefault("sha256", {})[path.name] = sha256(path)
-            config.write_text(json.dumps(values, indent=2) + "\n")
+            half = config.with_suffix(".writing")  # a crash leaves the old file or the new one
+            half.write_text(json.dumps(values, indent=2) + "\n")
+            half.replace(config)
         return path
 
     @classmethod

@@ -1,6 +1,6 @@
 """Every recipe resolves, and trains two steps with its own model on stand-in pictures of the right size."""
 
-import shutil
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -13,16 +13,18 @@ from care_hub import cli, trainer
 from care_hub.config import TrainConfig, read_yaml
 from care_hub.data import sources
 
+READ = functools.cache(sources._read)  # the stand-ins do not change between the plan and the run
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
 
 
-@pytest.fixture
-def stand_ins(tmp_path):
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
     """A training picture for each class of ImageNet-100 and a test picture for ten, a little larger than `size`."""
+    names = (ROOT / "care_hub" / "data" / "imagenet100.txt").read_text().split()
 
+    @functools.cache
     def make(size: int):
-        root, draw = tmp_path / "data", np.random.RandomState(0)
-        names = (ROOT / "care_hub" / "data" / "imagenet100.txt").read_text().split()
+        root, draw = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
         for split, some in (("train", names), ("validation", names[:10])):
             for name in some:
                 (root / split / name).mkdir(parents=True)
@@ -30,8 +32,7 @@ def stand_ins(tmp_path):
                 Image.fromarray(small).resize((size + 16, size + 40)).save(root / split / name / "0.jpg")
         return root
 
-    yield make
-    shutil.rmtree(tmp_path / "data", ignore_errors=True)
+    return make
 
 
 def test_recipes_say_what_they_set():
@@ -47,6 +48,7 @@ def test_recipe(recipe, stand_ins, tmp_path, monkeypatch):
     if values["dataset_name"] != "shapes":
         size = sources.spec(values["dataset_name"]).size
         data = ["--data-root", str(stand_ins(size)), "--num-workers", "0"]
+        monkeypatch.setattr(sources, "_read", READ)
         monkeypatch.setattr(sources, "HELD_BYTES", 0 if size > 100 else sources.HELD_BYTES)
         about = sources.SPECS[values["dataset_name"]]
         layout = replace(about, image="image", label="label", train="train")  # stand-ins are class folders
