@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .encoder import Encoder, load_encoder, sha256
+from .encoder import Encoder, load_encoder
 from .errors import CareHubError
+from .export import sha256
 from .registry import locate
 
 

@@ -105,7 +105,8 @@ def eval_linear(encoder: str, dataset_name: str, data_root: str | None, output_d
     options["skip_broken"] = options.pop("skip_broken_images")
     from .evaluate.linear import evaluate
 
-    print(json.dumps(evaluate(encoder, dataset_name, data_root, output_dir, push_to_hub, **options)))
+    if result := evaluate(encoder, dataset_name, data_root, output_dir, push_to_hub, **options):
+        print(json.dumps(result))
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -194,7 +195,7 @@ def list_command(wildcard: str, pretrained: bool, hub: bool, author: str | None)
 def info(source: str, revision: str | None) -> None:
     """Say what the encoder SOURCE (a folder, a registry name or a Hub id) is and how good; as JSON."""
     from .classifier import LinearHead, heads
-    from .encoder import read_config
+    from .export import read_config
     from .registry import locate
 
     folder = locate(source, revision=revision)

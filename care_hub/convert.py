@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .data import sources
-from .encoder import Encoder, fill
+from .encoder import Encoder
 from .errors import CareHubError
+from .export import fill
 
 EXPECTED = (
     "expected a checkpoint of the public CARE code: a dict with a 'state_dict' whose keys begin with module.f. and module.g. "

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,18 +13,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .augment import normalise
 from .data import pictures
 from .errors import CareHubError
+from .export import check_sums, fill, projection_of, read_config, read_tensors, sha256, timm_config
 from .models import SMALL, create_model, from_plain, to_plain
 
 SPACES = ("projection", "backbone")
-CONFIG_BYTES = 1 << 20
 
 
 def projection_head(inputs: int, hidden: int, outputs: int, norm: bool) -> nn.Sequential:
@@ -203,12 +201,12 @@ class Encoder(nn.Module):
         """Load an export folder, trusting nothing in it."""
         config = read_config(folder)
         care = config["care"]
-        _check_sums(folder, care["sha256"])
-        state = _tensors(folder / "model.safetensors")
-        head = _tensors(folder / "projection.safetensors") if (folder / "projection.safetensors").is_file() else None
+        check_sums(folder, care["sha256"])
+        state = read_tensors(folder / "model.safetensors")
+        head = read_tensors(folder / "projection.safetensors") if (folder / "projection.safetensors").is_file() else None
         if head is None:
             care = care | {"projection": None}
-        elif care["projection"] != (found := _projection_of(head)):
+        elif care["projection"] != (found := projection_of(head)):
             raise CareHubError(f"'{folder / 'config.json'}' and the weights disagree on the head: {care['projection']}, {found}.")
         encoder = cls(care)
         expected = timm_config(care, encoder.backbone)
@@ -234,46 +232,6 @@ def load_encoder(
     return encoder.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def export_folder(source: str | Path) -> Path:
-    """An export folder, or a run folder that holds one -> the export folder."""
-    folder = Path(source)
-    folder = folder / "export" if (folder / "export" / "config.json").is_file() else folder
-    if not (folder / "config.json").is_file():
-        raise CareHubError(f"'{source}' is not an export folder or a run folder with one (no config.json there).")
-    return folder
-
-
-def read_config(folder: Path) -> dict:
-    """config.json, its `care` object checked for what rebuilding the encoder takes."""
-    path = folder / "config.json"
-    try:
-        if path.stat().st_size > CONFIG_BYTES:
-            raise ValueError(f"{path.stat().st_size:,} bytes")
-        config = json.loads(path.read_text(encoding="utf-8"))
-        care = config["care"]
-        size, numbers = care["image_size"], [*care["mean"], *care["std"], care["crop_pct"]]
-        head, sums = care.get("projection"), care.setdefault("sha256", {})
-        if not isinstance(care["model"], str) or type(size) is not int or not 1 <= size <= 2048:
-            raise ValueError(f"model {care['model']!r} at image_size {size!r}")
-        if len(numbers) != 7 or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or not 0 < numbers[-1] <= 1:
-            raise ValueError(f"mean, std, crop_pct {numbers}")
-        if head is not None and set(head) != {"inputs", "hidden", "outputs", "norm"}:
-            raise ValueError(f"projection {head}")
-        if not isinstance(sums, dict):
-            raise ValueError("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CareHubError(f"'{path}' is not a care_hub configuration ({error!r:.200}).") from error
-    return config
-
-
-def _projection_of(head: dict[str, Tensor]) -> dict:
-    """The shape of a projection head, from its weights."""
-    first, last = head.get("0.weight"), head.get("3.weight", head.get("2.weight"))
-    if first is None or last is None or first.ndim != 2 or last.ndim != 2:
-        return {}
-    return {"inputs": first.shape[1], "hidden": first.shape[0], "outputs": last.shape[0], "norm": "3.weight" in head}
-
-
 def _backbone(model: str, size: int) -> nn.Module:
     import timm
 
@@ -284,31 +242,6 @@ def _backbone(model: str, size: int) -> nn.Module:
         near = max(1, round(size / patch)) * patch
         raise CareHubError(f"{model} cuts pictures into patches of {patch} pixels, which do not fill {size}; use --image-size {near}.")
     return backbone
-
-
-def timm_config(care: dict, backbone: nn.Module) -> dict:
-    """timm's Hub schema: what `timm.create_model("hf-hub:...", pretrained=True)` reads."""
-    stem = SMALL.get(care["model"])
-    size = care["image_size"] * (stem.upsampling if stem else 1)
-    base = backbone.pretrained_cfg
-    args = {"replace_stem_pool": True} | stem.model_args if stem else {}
-    if not stem and base.get("fixed_input_size"):
-        args = {"img_size": size}
-    return {
-        "architecture": stem.plain if stem else care["model"],
-        "num_classes": 0,
-        "num_features": backbone.num_features,
-        "pretrained_cfg": {
-            "input_size": [3, size, size],
-            "interpolation": "nearest" if stem else "bicubic",
-            "crop_pct": care["crop_pct"],
-            "mean": care["mean"],
-            "std": care["std"],
-            "first_conv": base["first_conv"],
-            "classifier": base["classifier"],
-        },
-        **({"model_args": args} if args else {}),
-    }
 
 
 def _items(images):
@@ -326,40 +259,3 @@ def _items(images):
     if isinstance(images, Image.Image | bytes | dict):
         return [images]
     return images if hasattr(images, "__getitem__") and hasattr(images, "__len__") else list(images)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
-        )
-
-
-def _check_sums(folder: Path, sums: dict[str, str]) -> None:
-    for name, expected in sums.items():
-        path = folder / Path(name).name
-        if path.is_file() and sha256(path) != expected:
-            raise CareHubError(f"'{path}' is damaged: its sha256 is not the one in config.json; fetch or export it again.")
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        state = load_file(path)
-    except FileNotFoundError:
-        raise CareHubError(f"'{path}' is missing; the export is incomplete.") from None
-    except (SafetensorError, OSError) as error:
-        raise CareHubError(f"'{path}' is not a complete safetensors file ({error}).") from error
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not math.isfinite(float(tensor.double().abs().sum())):
-            raise CareHubError(f"'{path}' holds values that are not finite numbers (in {name}).")
-    return state
-
-
-def fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Load `state` into `module`; CareHubError with the first name or shape that differs."""
-    wanted = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in state.items()}
-    if wanted != found:
-        wrong = next(k for k in [*wanted, *found] if wanted.get(k) != found.get(k))
-        raise CareHubError(f"'{path}' does not fit its architecture: {wrong} should be {wanted.get(wrong)} and is {found.get(wrong)}.")
-    module.load_state_dict(state)

@@ -59,7 +59,8 @@ def push(
     again, so a push that broke off is finished by pushing once more. Raises CareHubError.
     """
     from . import card
-    from .encoder import Encoder, export_folder
+    from .encoder import Encoder
+    from .export import export_folder
 
     folder = export_folder(folder)
     Encoder.from_folder(folder)  # what can't be loaded is not published

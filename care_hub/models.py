@@ -101,6 +101,8 @@ def create_model(name: str, pretrained: bool = False, num_classes: int = 0, **kw
     if pretrained and (entry := find(name)):
         from .encoder import Encoder
 
+        if kwargs:
+            raise CareHubError(f"'{entry.name}' comes as it was trained; {', '.join(kwargs)} can't be set with pretrained=True.")
         backbone = Encoder.from_pretrained(entry.name).backbone.train()
         if num_classes:
             backbone.reset_classifier(num_classes)

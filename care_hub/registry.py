@@ -51,18 +51,23 @@ def _found() -> dict[str, Entry]:
     import warnings
     from importlib.metadata import entry_points
 
-    found = []
+    found: dict[str, Entry] = {}
     for folder in sorted(p.parent for p in SHIPPED.glob("*/config.json")):
         care = json.loads((folder / "config.json").read_text())["care"]
         metrics = {k: v for k, v in care.get("results", {}).items() if "top1" in k}
-        found.append(Entry(folder.name, folder=folder, sha256=care["sha256"]["model.safetensors"], metrics=metrics, license="mit"))
+        found[folder.name] = Entry(
+            folder.name, folder=folder, sha256=care["sha256"]["model.safetensors"], metrics=metrics, license="mit"
+        )  # fmt: skip
     for point in entry_points(group="care_hub.encoders"):
         try:
             value = point.load()
-            found += [value] if isinstance(value, Entry) else list(value())
+            theirs = {entry.name: entry for entry in ([value] if isinstance(value, Entry) else value())}
+            if taken := found.keys() & theirs.keys():
+                raise CareHubError(f"there is already an encoder '{min(taken)}'")
+            found |= theirs
         except Exception as error:  # another package's fault must not take ours down
             warnings.warn(f"the encoders of '{point.value}' can't be registered ({error}).", stacklevel=2)
-    return {entry.name: entry for entry in found}
+    return found
 
 
 def find(name: str) -> Entry | None:
@@ -73,7 +78,7 @@ def find(name: str) -> Entry | None:
 
 def locate(source: str | Path, **hub_options) -> Path:
     """A folder, a registry name or a Hub id -> the export folder, fetched if need be (`hub_options`: see `hub.fetch`)."""
-    from .encoder import export_folder, sha256
+    from .export import export_folder, sha256
     from .hub import fetch
 
     if Path(source).is_dir():

@@ -16,7 +16,8 @@ def plan(config: TrainConfig, plan: Plan, encoder: Encoder, data: dict, processe
     """The resolved plan in a few lines; with --dry-run also the learning rates and a guess of the memory."""
     million = sum(p.numel() for p in encoder.parameters()) / 1e6
     micro = f", each the average of {config.gradient_accumulation} independent micro-batches" if config.gradient_accumulation > 1 else ""
-    groups = f", weight {config.weight:g}, {config.equiv_splits} groups" if config.weight else ""
+    growing = f" growing over {config.weight_warmup_epochs:g} epochs" if config.weight_warmup_epochs else ""
+    groups = f", weight {config.weight:g}{growing}, {config.equiv_splits} groups" if config.weight else ""
     queue = f", queue {config.queue_for(len(data['train'])):,}" if config.method == "moco" else ""
     lines = [
         f"{config.label}{groups}{queue} · {config.model} ({million:.1f} M parameters) · {config.dataset_name}, "

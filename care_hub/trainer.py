@@ -17,9 +17,10 @@ from . import card, checkpoint, hub, report
 from .config import Plan, TrainConfig, lr_at, weight_at, write_yaml
 from .data import sources
 from .distributed import global_batch_norm, use_all_cores
-from .encoder import Encoder, fill
+from .encoder import Encoder
 from .errors import CareHubError
 from .evaluate.monitor import closing, knn
+from .export import fill
 from .log import Interrupt, Log
 from .methods import MoCo, SimCLR
 from .views import make_views, recipe_of, training_batches

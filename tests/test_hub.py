@@ -172,6 +172,12 @@ HOSTILE = {
         lambda e: {"config.json": (e / "config.json").read_bytes(), "pytorch_model.bin": b"\x80\x02"}, "holds no care_hub encoder"
     ),
     "absurd picture size": (lambda e: edited(e, lambda c: c["care"].update(image_size=10**6)), "not a care_hub configuration"),
+    "a crop that asks for a huge picture": (
+        lambda e: edited(e, lambda c: [c[k].update(crop_pct=1e-6) for k in ("care", "pretrained_cfg")]), "not a care_hub configuration"
+    ),
+    "division by nothing": (
+        lambda e: edited(e, lambda c: [c[k].update(std=[0, 0, 0]) for k in ("care", "pretrained_cfg")]), "not a care_hub configuration"
+    ),
     "absurd head": (lambda e: edited(e, lambda c: c["care"]["projection"].update(hidden=10**12)), "disagree on the head"),
     "another architecture": (lambda e: edited(e, lambda c: c.update(architecture="resnet50")), "contradicts itself"),
     "other timm arguments": (lambda e: edited(e, lambda c: c["model_args"].update(channels=[10**6] * 4)), "contradicts itself"),
@@ -252,6 +258,27 @@ def test_what_a_person_wrote_into_the_card_survives(server, export):
     assert last.count(card.BEGIN) == 1 and last.count("Seen in May.") == 1 and last.count("Ask Ann") == 1
     data = ModelCard(last).data
     assert data.language == "en" and {"birds", "care_hub"} <= set(data.tags)
+    assert data.license == "apache-2.0"  # a person's choice
+    assert {r.metric_name: r.metric_value for r in data.eval_results}["linear probe top-1 (backbone)"] == 61.5
+
+
+def test_what_a_person_wrote_into_the_local_card_survives_a_push_over_an_older_one(server, export):
+    hub.push(export, "lab/birds")
+    readme = export / "README.md"
+    readme.write_text(readme.read_text() + "\n## At home\n\nMind the cat.\n")
+    online = files(server, "lab/birds")["README.md"].decode() + "\n## Online\n\nMind the dog.\n"
+    server.repositories["lab/birds"].commit("main", files(server, "lab/birds") | {"README.md": online.encode()})
+    for _ in range(2):
+        hub.push(export, "lab/birds")
+        text = files(server, "lab/birds")["README.md"].decode()
+        assert text == readme.read_text()
+        assert text.count("Mind the cat.") == text.count("Mind the dog.") == text.count(card.BEGIN) == 1
+
+
+def test_a_card_with_broken_metadata_keeps_its_text(export):
+    (export / "README.md").write_text("---\ntags: [a\n---\n\nAsk Ann before use.\n")
+    text = card.write(export).read_text()
+    assert "Ask Ann before use." in text and ModelCard(text).data.library_name == "care_hub"
 
 
 def test_the_card_says_what_the_hub_can_read(server, export):
@@ -269,14 +296,15 @@ def test_snippets_of_the_card_run_as_they_stand(server, export, tmp_path, monkey
     """In plain timm, from the Hub: above, where care_hub can't be imported."""
     encoder = care_hub.load_encoder(export)
     z, h = encoder.encode(PHOTO), encoder.encode(PHOTO, space="backbone")
+    local = (export / "README.md").read_text()
     hub.push(export, "lab/tiny")
-    for text in (files(server, "lab/tiny")["README.md"].decode(), card.body(export, None)):
+    for text in (files(server, "lab/tiny")["README.md"].decode(), local):
         names = {}
         exec(snippets(text)[0], names)
         np.testing.assert_allclose(names["z"], z, atol=1e-5)
         np.testing.assert_allclose(names["h"], h, atol=1e-5)
         assert names["labels"][0].startswith("class ") and names["probabilities"].shape == (1, 10)
-    exec(snippets(card.body(export, None))[1], names)
+    exec(snippets(local)[1], names)
     np.testing.assert_allclose(names["features"], h, atol=1e-5 * np.abs(h).max())
 
 

@@ -1,4 +1,4 @@
-"""What full training reaches: `pytest -m slow`, an hour on two slow cores. Not part of plain `pytest`."""
+"""What full training reaches: `pytest -m slow`. Not part of plain `pytest`."""
 
 import json
 

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 import care_hub
 from care_hub import cli
+from care_hub.evaluate import linear
 from care_hub.evaluate.linear import PENALTIES, choose_penalty, fit_linear, topk
 
 
@@ -67,6 +68,13 @@ def test_a_head_goes_where_it_is_told(photos, tmp_path):
     labels, probabilities = care_hub.load_classifier(tmp_path / "o", dataset="imagefolder").classify(photos / "test")
     right = sum(label == ("cold" if k < 8 else "warm") for k, label in enumerate(labels))
     assert 100 * right / 16 == result["top1"] and probabilities.shape == (16, 2)
+
+
+def test_a_place_that_can_not_be_written_is_refused_before_the_work(tiny_run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(linear, "linear_probe", lambda *_: pytest.fail("the probe was trained"))
+    done = eval_linear("--encoder", tiny_run, "--dataset-name", "shapes", "--output-dir", tmp_path / "file" / "o")
+    assert done.exit_code == 1 and "can't be written" in done.output and "Traceback" not in done.output
 
 
 @pytest.mark.parametrize(

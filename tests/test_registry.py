@@ -33,14 +33,12 @@ def test_an_encoder_of_the_package_loads_offline_and_knows_shapes():
 def test_pretrained_backbones_for_fine_tuning():
     name = care_hub.list_models("*shapes*", pretrained=True)[0]
     model = care_hub.create_model(name, pretrained=True, num_classes=7)
-    x = torch.randn(2, 3, 32, 32)
-    assert model.training and model(x).shape == (2, 7)
-    expected = care_hub.load_encoder(name).backbone.state_dict()
-    assert all(
-        torch.equal(v, expected[k].cpu())
-        for k, v in model.state_dict().items()
-        if k in expected and "fc" not in k and "num_b" not in k and "running" not in k
-    )
+    expected, found = care_hub.load_encoder(name).backbone.state_dict(), model.state_dict()
+    assert set(found) - set(expected) == {"fc.weight", "fc.bias"} and len(expected) > 50
+    assert all(torch.equal(found[k], v.cpu()) for k, v in expected.items())
+    assert model.training and model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    with pytest.raises(CareHubError, match="drop_rate"):
+        care_hub.create_model(name, pretrained=True, drop_rate=0.1)
     with pytest.raises(CareHubError, match="no pretrained weights for 'resnet50_cifar'"):
         care_hub.create_model("resnet50_cifar", pretrained=True)
 
@@ -74,10 +72,17 @@ def test_an_installed_package_registers_by_entry_point(tmp_path):
     about = tmp_path / "birds-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: birds\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[care_hub.encoders]\nall = birds:encoders\nbroken = birds:absent\n")
+    (about / "entry_points.txt").write_text(
+        "[care_hub.encoders]\nall = birds:encoders\nbroken = birds:absent\nodd = birds:words\nthief = birds:thief\n"
+    )
     (tmp_path / "birds.py").write_text(
         "from care_hub.registry import Entry\ndef encoders():\n    return [Entry('resnet18_cifar.birds', repo_id='ann/birds')]\n"
+        "def words():\n    return ['resnet18_cifar.birds']\n"
+        "def thief():\n    return [Entry('resnet10_w16_small.care_shapes', repo_id='eve/care_shapes')]\n"
     )
-    code = "import care_hub; print(care_hub.list_models('*birds', pretrained=True))"
+    code = "import care_hub; print(care_hub.list_models('*birds', pretrained=True))\n"
+    code += "print(care_hub.registry.find('resnet10_w16_small.care_shapes').repo_id)"
     done = run("python", "-c", code, env={"PYTHONPATH": str(tmp_path)})
-    assert "['resnet18_cifar.birds']" in done.stdout and "can't be registered" in done.stderr
+    assert done.stdout == "['resnet18_cifar.birds']\nNone\n"
+    for name in ("birds:absent", "birds:words", "birds:thief"):
+        assert f"'{name}' can't be registered" in done.stderr

@@ -15,8 +15,9 @@ from ..classifier import LinearHead
 from ..data import sources
 from ..data.sources import Images
 from ..distributed import use_all_cores
-from ..encoder import Encoder, sha256
+from ..encoder import Encoder
 from ..errors import CareHubError
+from ..export import sha256
 from ..registry import locate
 from .monitor import embed_all
 
@@ -87,12 +88,18 @@ def evaluate(
     source: str, dataset: str, data_root: str | None = None, output_dir: str | None = None, push_to_hub: str | None = None, seed: int = 0,
     num_workers: int = 2, **columns,
 ) -> dict:  # fmt: skip
-    """`eval_linear.py`: probe the encoder `source` on `dataset`, save the head and the card, maybe push; returns the result."""
+    """`eval_linear.py`: probe the encoder `source` on `dataset`, save the head and the card, maybe push; returns the result
+    (on the main process, else nothing)."""
     if push_to_hub:
         hub.check_push(push_to_hub)
     folder = locate(source)
     if output_dir is None and not Path(source).is_dir():
         raise CareHubError(f"'{source}' is not a folder of yours; say by --output-dir where encoder and head shall be saved.")
+    target = Path(output_dir or folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CareHubError(f"the folder '{target}' can't be written ({error.strerror}).") from error
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     use_all_cores(accelerator.device)
     encoder = Encoder.from_folder(folder).to(accelerator.device)
@@ -101,17 +108,13 @@ def evaluate(
     train, test = (sources.load(dataset, split, data_root, size, **options) for split in ("train", "test"))
     head = linear_probe(encoder, dataset, train, test, accelerator, seed)
     head.encoder = sha256(folder / "model.safetensors")
-    result = {"encoder": source, "dataset": dataset} | head.metrics
-    if accelerator.is_main_process:
-        if output_dir is not None and Path(output_dir).absolute() != folder.absolute():
-            target = Path(output_dir)
-            target.mkdir(parents=True, exist_ok=True)
-            for path in (p for p in folder.iterdir() if p.is_file()):
-                shutil.copy(path, target / path.name)
-            folder = target
-        head.save(folder)
-        card.write(folder)
-        if push_to_hub:
-            print(hub.push(folder, push_to_hub), file=sys.stderr)
-    accelerator.wait_for_everyone()
-    return result
+    if not accelerator.is_main_process:
+        return {}
+    if target.absolute() != folder.absolute():
+        for path in (p for p in folder.iterdir() if p.is_file()):
+            shutil.copy(path, target / path.name)
+    head.save(target)
+    card.write(target)
+    if push_to_hub:
+        print(hub.push(target, push_to_hub), file=sys.stderr)
+    return {"encoder": source, "dataset": dataset} | head.metrics
