@@ -177,6 +177,14 @@ def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     return x
 
 
+def rotate(x: Tensor, degrees: float) -> Tensor:
+    """(B, 3, S, S) turned counter-clockwise about the centre, bilinear; corners are reflected: black ones would tell the angle."""
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn = torch.tensor([[c, -s, 0.0], [s, c, 0.0]], dtype=x.dtype, device=x.device).expand(len(x), 2, 3)
+    grid = torch.nn.functional.affine_grid(turn, list(x.shape), align_corners=False)
+    return torch.nn.functional.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+
+
 def luma(x: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, 1, H, W)."""
     return GREY[0] * x[:, 0:1] + GREY[1] * x[:, 1:2] + GREY[2] * x[:, 2:3]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from .config import TrainConfig, flag, read_yaml
+from .config import EvalConfig, TrainConfig, flag, read_yaml
 from .errors import CareHubError
 
 # What may change when a run is resumed; everything else would make it another run.
@@ -31,12 +31,17 @@ class Group(click.Group):
     command_class = Command
 
 
-def train_options(command):
-    """One click option for each field of TrainConfig."""
-    kinds = typing.get_type_hints(TrainConfig)
-    for f in reversed(dataclasses.fields(TrainConfig)):
+def options_of(config_class):
+    """One click option for each field of a dataclass of options."""
+    return lambda command: _with_options(command, config_class)
+
+
+def _with_options(command, config_class):
+    kinds = typing.get_type_hints(config_class)
+    for f in reversed(dataclasses.fields(config_class)):
         kind = next((k for k in typing.get_args(kinds[f.name]) if k is not type(None)), kinds[f.name])
-        settings = {"help": f.metadata["help"], "default": f.default, "show_default": f.default is not None}
+        settings = {"help": f.metadata["help"], "default": f.default, "show_default": f.default not in (None, "")}
+        settings["required"] = f.default == ""
         if typing.get_origin(kinds[f.name]) is tuple:
             settings |= {"nargs": len(typing.get_args(kinds[f.name])), "type": float}
         elif kind is bool:
@@ -74,7 +79,7 @@ def resolve(given: dict, config_file: str | None) -> TrainConfig:
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.option("--config", "config_file", metavar="FILE.yaml", help="a YAML file that sets any option below; flags given by hand win")
-@train_options
+@options_of(TrainConfig)
 @click.pass_context
 def train(context: click.Context, config_file: str | None, **values) -> None:
     """Train CARE, or its plain baseline, and export the encoder."""
@@ -90,22 +95,13 @@ def train(context: click.Context, config_file: str | None, **values) -> None:
 
 
 @click.command("eval_linear", cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.option("--encoder", required=True, help="a run folder, an export folder, a registry name or a Hub id")
-@click.option("--dataset-name", required=True, help="as in train.py")
-@click.option("--data-root", help="a local copy of it")
-@click.option("--image-column", help="the column with the pictures, where it has an unusual name")
-@click.option("--label-column", help="the column with the labels, where it has an unusual name")
-@click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="loader processes, for large data sets")
-@click.option("--skip-broken-images", is_flag=True, help="count and name pictures that can't be decoded instead of stopping")
-@click.option("--seed", type=int, default=0, show_default=True, help="seed of the validation split that chooses the penalty")
-@click.option("--output-dir", type=click.Path(), help="where encoder and head go (default: the head goes beside the encoder)")
-@click.option("--push-to-hub", metavar="ORG/NAME", help="push encoder, head and card there")
-def eval_linear(encoder: str, dataset_name: str, data_root: str | None, output_dir: str | None, push_to_hub: str | None, **options) -> None:
+@options_of(EvalConfig)
+def eval_linear(**values) -> None:
     """Train a linear head on the frozen encoder's backbone features and save it. The last line is the result as JSON."""
-    options["skip_broken"] = options.pop("skip_broken_images")
-    from .evaluate.linear import evaluate
+    config = EvalConfig(**values)
+    from .evaluate.commands import evaluate
 
-    if result := evaluate(encoder, dataset_name, data_root, output_dir, push_to_hub, **options):
+    if result := evaluate(config):
         print(json.dumps(result))
 
 
@@ -141,6 +137,54 @@ def embed(pictures: str, encoder: str, output: str, space: str, batch_size: int)
     z = load_encoder(encoder).encode(found, batch_size=batch_size, space=space, progress=sys.stderr.isatty())
     writers[path.suffix](path, names, z)
     print(f"{len(z):,} embeddings of {z.shape[1]} numbers in {path}")
+
+
+def data_options(command):
+    """Which pictures to measure on; named and meant as in train.py."""
+    options = [
+        click.option("--dataset-name", required=True, help="as in train.py"),
+        click.option("--data-root", help="a local copy of it"),
+        click.option("--image-column", help="the column with the pictures, where it has an unusual name"),
+        click.option("--label-column", help="the column with the labels, where it has an unusual name"),
+        click.option("--num-workers", "workers", type=click.IntRange(min=0), default=2, show_default=True, help="loader processes"),
+        click.option("--skip-broken-images", "skip_broken", is_flag=True, help="count and name broken pictures instead of stopping"),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("encoder")
+@data_options
+@click.option("--k", type=click.IntRange(min=1), default=200, show_default=True, help="neighbours that vote")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0, min_open=True), default=0.5, show_default=True, help="votes weigh e^(similarity / t)"
+)
+@click.option("--bank", type=click.IntRange(min=1), help="so many training pictures vote (default: all)")
+def knn(encoder: str, dataset_name: str, **options) -> None:
+    """Weighted kNN on ENCODER's backbone features, kept in its card. The last line is the result as JSON."""
+    from .evaluate.commands import knn as run
+
+    if result := run(encoder, dataset_name, **options):
+        print(json.dumps(result))
+
+
+@main.command()
+@click.argument("encoders", nargs=-1, required=True)
+@data_options
+@click.option(
+    "--images", type=click.IntRange(min=4), default=2000, show_default=True, help="test pictures, half to fit and half to measure"
+)
+@click.option("--draws", type=click.IntRange(min=1), default=16, show_default=True, help="augmentations of each family")
+@click.option("--seed", type=int, default=0, show_default=True, help="seed of the augmentations and of the bootstrap")
+@click.option("-o", "--output", type=click.Path(), help="a folder for equivariance.json and figures, all encoders side by side")
+def equivariance(encoders: tuple[str, ...], dataset_name: str, **options) -> None:
+    """How far augmentations act as rotations on the embeddings of ENCODERS, and what those keep; kept in their cards."""
+    from . import report
+    from .evaluate.commands import equivariance as run
+
+    print(report.geometry(run(encoders, dataset_name, **options)))
 
 
 @main.command()

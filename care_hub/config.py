@@ -84,11 +84,7 @@ class TrainConfig:
     dry_run: bool = option(False, "print the plan and stop")
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            choices = f.metadata["choices"]
-            if choices and value not in choices:
-                raise CareHubError(f"{flag(f.name)} can't be '{value}'{suggest(str(value), choices)}; choose from {', '.join(choices)}.")
+        check_choices(self)
         self.jitter = tuple(self.jitter)
         if self.knn_every is None:
             self.knn_every = 0 if self.max_steps else 5
@@ -171,6 +167,56 @@ class TrainConfig:
         return f"CARE-{self.method}" if self.weight else self.method
 
 
+@dataclass
+class EvalConfig:
+    """Options of eval_linear.py."""
+
+    encoder: str = option("", "a run folder, an export folder, a registry name or a Hub id")
+    dataset_name: str = option("", "as in train.py")
+    data_root: str | None = option(None, "a local copy of it")
+    image_column: str | None = option(None, "the column with the pictures, where it has an unusual name")
+    label_column: str | None = option(None, "the column with the labels, where it has an unusual name")
+    num_workers: int = option(2, "loader processes, for large data sets")
+    skip_broken_images: bool = option(False, "count and name pictures that can't be decoded instead of stopping")
+    protocol: str = option(
+        "lbfgs", "lbfgs: the optimum, its penalty chosen on training images; sgd: the published schedule, on features computed once; "
+        "finetune: backbone and head together", ("lbfgs", "sgd", "finetune"),
+    )  # fmt: skip
+    optimizer: str = option("adam", "of --protocol sgd: adam as published for CIFAR and STL-10, sgd as for ImageNet-100", ("adam", "sgd"))
+    lr: float | None = option(None, "learning rate (default: the published one; 0.02 for finetune)")
+    epochs: int | None = option(None, "epochs (default: 100 of sgd, 10 of finetune)")
+    augmented_copies: int = option(0, "of --protocol sgd: train on so many augmented copies of the features, in turn")
+    label_fraction: float = option(1.0, "train on this part of the labels of each class: 0.01, 0.1")
+    seed: int = option(0, "seed of whatever is drawn: validation split, subset of labels, order")
+    seeds: int = option(1, "repeat with so many seeds from --seed on; mean and standard deviation are shown")
+    output_dir: str | None = option(None, "where encoder and head go (default: the head goes beside the encoder)")
+    push_to_hub: str | None = option(None, "ORG/NAME: push encoder, head and card there")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("encoder", "dataset_name"):
+            if not getattr(self, name):
+                raise CareHubError(f"{flag(name)} is missing.")
+        self.epochs = {"sgd": 100, "finetune": 10}.get(self.protocol, 1) if self.epochs is None else self.epochs
+        for name in ("epochs", "seeds"):
+            if getattr(self, name) <= 0:
+                raise CareHubError(f"{flag(name)} must be positive, got {getattr(self, name)}.")
+        if not 0 < self.label_fraction <= 1:
+            raise CareHubError(f"--label-fraction must lie in (0, 1], got {self.label_fraction}.")
+        if self.augmented_copies and self.protocol != "sgd":
+            raise CareHubError("--augmented-copies belongs to --protocol sgd.")
+        if self.augmented_copies < 0:
+            raise CareHubError(f"--augmented-copies can't be negative, got {self.augmented_copies}.")
+        if self.protocol == "finetune" and not self.output_dir:
+            raise CareHubError("fine-tuning makes another encoder; say by --output-dir where it shall be saved.")
+
+    @property
+    def label(self) -> str:
+        """The protocol's name for people."""
+        name = {"lbfgs": "linear probe", "sgd": f"linear probe ({self.optimizer})", "finetune": "fine-tuned"}[self.protocol]
+        return name if self.label_fraction == 1 else f"{name}, {100 * self.label_fraction:g} % of the labels"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What follows from the options and the size of the data."""
@@ -195,6 +241,13 @@ class Plan:
             round(config.warmup_epochs * per_epoch),
             round(config.weight_warmup_epochs * per_epoch),
         )
+
+
+def check_choices(config) -> None:
+    for f in dataclasses.fields(config):
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        if choices and value not in choices:
+            raise CareHubError(f"{flag(f.name)} can't be '{value}'{suggest(str(value), choices)}; choose from {', '.join(choices)}.")
 
 
 def flag(name: str) -> str:

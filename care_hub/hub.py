@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from .errors import CareHubError
 
-FILES = ["config.json", "model.safetensors", "projection.safetensors", "linear_head.*.safetensors"]
+FILES = ["config.json", "model.safetensors", "projection.safetensors", "linear_head.*.safetensors", "evaluation.json"]
 NESTED = ["*/*", "*\\*"]  # an export has no sub-folders; whatever a repository hides in some is not fetched
 README_BYTES = 1 << 20
 RETRY_SECONDS = (1, 3)

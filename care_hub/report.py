@@ -3,12 +3,9 @@
 import shlex
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .config import Plan, TrainConfig, lr_at
-from .data.sources import Images
 from .encoder import Encoder
 
 
@@ -103,35 +100,45 @@ def _again(config: TrainConfig) -> str:
     return " ".join(words)
 
 
-def neighbours(encoder: Encoder, images: Images, path: Path, queries: int = 8, found: int = 9) -> None:
-    """A sheet of query pictures and their nearest neighbours (cosine, projection space) among the other `images`."""
-    import matplotlib
+GEOMETRY = (
+    ("invariance_error", "invariance"),
+    ("rotation_error", "rotation"),
+    ("rotation_invariance_ratio", "ratio"),
+    ("special_rotation_invariance_ratio", "ratio SO(d)"),
+    ("gamma", "gamma"),
+    ("gram_deviation", "Gram"),
+    ("spread", "spread"),
+    ("composition_invariance_ratio", "composed"),
+    ("hit_at_1", "hit@1"),
+    ("hit_at_1_unrotated", "unrotated"),
+    ("hit_at_1_random", "random"),
+)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    pixels = images.held.cpu()
-    size = encoder.care["image_size"]
-    top = (pixels.shape[-1] - size) // 2
-    pixels = pixels[..., top : top + size, top : top + size]
-    found = min(found, len(pixels) - 1)
-    if found < 1:
-        return
-    z = torch.cat([F.normalize(encoder.embed(batch), dim=1) for batch in pixels.split(500)]).cpu()
-    asked = torch.linspace(0, len(z) - 1, min(queries, len(z))).long()
-    similarity = z[asked] @ z.T
-    similarity[torch.arange(len(asked)), asked] = -2
-    near = similarity.topk(found, dim=1)
-    gap, width = max(2, size // 16), size + max(2, size // 16)
-    sheet = np.full((len(asked) * width + gap, (found + 1) * width + 4 * gap, 3), 255, dtype=np.uint8)
-    for row, query in enumerate(asked):
-        for place, index in enumerate([query, *near.indices[row]]):
-            y, x = gap + row * width, gap + place * width + (3 * gap if place else 0)
-            sheet[y : y + size, x : x + size] = pixels[index].permute(1, 2, 0).numpy()
-    figure, axes = plt.subplots(figsize=(9, 9 * sheet.shape[0] / sheet.shape[1] + 0.6), dpi=120)
-    axes.imshow(sheet, interpolation="nearest" if size < 64 else "antialiased")
-    axes.set_axis_off()
-    axes.set_title("query | nearest neighbours, nearest first", fontsize=11, loc="left")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+def table(rows: list[list[str]]) -> str:
+    """Columns under the heads in the first row: the first column flush left, numbers flush right."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows)
+
+
+def geometry(results: dict[str, dict]) -> str:
+    """What `care-hub equivariance` prints: a line for each family and encoder, then what is kept."""
+    wide = len(results) > 1
+    rows = [["family", *(["encoder"] if wide else []), *(title for _, title in GEOMETRY)]]
+    for family in next(iter(results.values()))["families"]:
+        for name, result in results.items():
+            cells = [result["families"][family].get(measure) for measure, _ in GEOMETRY]
+            rows.append(
+                [family, *([Path(name).name] if wide else []), *("" if c is None or c[0] is None else f"{c[0]:.4g}" for c in cells)]
+            )
+    notes = [
+        "invariance: mean |f(ax) - f(x)|^2; rotation: mean |f(ax) - R f(x)|^2 with R fitted on other pictures; ratio: of the two",
+        "(composed: R_b R_a in place of R_ba). Gram, gamma: change of inner products, of distances relative to the motion.",
+        "spread: 0 = collapsed. hit@1: per cent of augmented pictures found by R f(x), by f(x) and by a random rotation of it.",
+    ]
+    read = [["read by a linear map", *(f"{Path(n).name}, {s}" for n, r in results.items() for s in r["kept"])]]
+    names = list(next(iter(next(iter(results.values()))["kept"].values())))
+    for name in names:
+        unit = " %" if name in ("label", "color") else " R2"
+        read.append([name + unit, *(f"{space[name]:.4g}" for r in results.values() for space in r["kept"].values())])
+    return "\n".join(["", table(rows), "", *notes, "", table(read)])

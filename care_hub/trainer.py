@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list, send_to_device
 
-from . import card, checkpoint, hub, report
+from . import card, checkpoint, figures, hub, report
 from .config import Plan, TrainConfig, lr_at, weight_at, write_yaml
 from .data import sources
 from .distributed import global_batch_norm, use_all_cores
@@ -227,7 +227,7 @@ def export(run: Path, config: TrainConfig, encoder: Encoder, data: dict, results
     encoder.save_pretrained(run / "export")
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     images = data["test"] or data["train"]
-    report.neighbours(encoder, images.take(torch.arange(min(2000, len(images)))), run / "export" / "neighbours.png")
+    figures.neighbours({"": encoder}, images.take(torch.arange(min(2000, len(images)))), run / "export" / "neighbours.png")
     card.write(run / "export")
     print(report.closing_screen(config, run, results, data["train"].skipped + (data["test"].skipped if data["test"] else [])))
     if config.push_to_hub:

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from care_hub import report, trainer
+from care_hub import figures, trainer
 from care_hub.config import TrainConfig
 from care_hub.trainer import train
 
@@ -27,7 +27,7 @@ def load_once(config, split, progress):
 
 if __name__ == "__main__":
     jobs, save_root, data_root = sys.argv[1:]
-    report.neighbours = lambda *_: None  # no pictures of runs that nobody looks at
+    figures.neighbours = lambda *_: None  # no pictures of runs that nobody looks at
     trainer.load_split = load_once
     for job in jobs.split(","):
         dtype, steps = job.split(":")

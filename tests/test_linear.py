@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 import care_hub
 from care_hub import cli
 from care_hub.evaluate import linear
-from care_hub.evaluate.linear import PENALTIES, choose_penalty, fit_linear, topk
+from care_hub.evaluate.linear import PENALTIES, choose_penalty, fit_linear
+from care_hub.measures import topk
 
 
 def eval_linear(*words):

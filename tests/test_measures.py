@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from care_hub.evaluate.equivariance import rotation_errors
-from care_hub.evaluate.knn import knn_scores, knn_top1
+from care_hub.measures import knn_scores, knn_top1
 from care_hub.rotation import procrustes
 
 

@@ -1,45 +1,165 @@
-"""How well one rotation explains what an augmentation does to all embeddings."""
+"""How well one rotation explains what an augmentation does to all embeddings, family by family."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from .. import augment
-from ..rotation import procrustes
+from .. import augment, measures
+from ..config import TrainConfig
+from ..encoder import Encoder
+from ..rotation import Rotation, procrustes
+
+STILL = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0, "jitter": (0.0,) * 4, "jitter_p": 0.0, "greyscale": 0.0, "blur": 0.0}
+FAMILIES = {
+    "crop": {"scale": (0.4, 1.0), "ratio": (3 / 4, 4 / 3)},
+    "flip": {"flip": 1.0},
+    "jitter 0.2": {"jitter": (0.2, 0.2, 0.2, 0.0), "jitter_p": 1.0},
+    "jitter 0.4": {"jitter": (0.4, 0.4, 0.4, 0.0), "jitter_p": 1.0},
+    "jitter 0.8": {"jitter": (0.8, 0.8, 0.8, 0.0), "jitter_p": 1.0},
+    "hue": {"jitter": (0.0, 0.0, 0.0, 0.5), "jitter_p": 1.0},
+    "greyscale": {"greyscale": 1.0},
+    "blur": {"blur": 1.0},
+    "rotation": {},  # of the picture, up to 30 degrees either way
+    "full recipe": {},
+}
+ALWAYS_THE_SAME = {"flip", "greyscale"}  # one draw says it all
+DEGREES = 30.0
+RESAMPLES = 200
+Augmentation = Callable[[Tensor], Tensor]
+
+
+def recipe_of(encoder: Encoder) -> augment.Recipe:
+    """The augmentation that `encoder` was trained with (that of the public code's CIFAR form, where it is not known), un-normalised."""
+    size, known = encoder.care["image_size"], encoder.care.get("training")
+    if not known:
+        return augment.Recipe(size)
+    c = TrainConfig(**known)
+    return augment.Recipe(
+        size, (c.crop_scale, 1.0), jitter=c.jitter, jitter_p=c.jitter_p, greyscale=c.greyscale, blur=c.blur, blur_taps=c.blur_taps
+    )
+
+
+def augmentations(family: str, recipe: augment.Recipe, draws: int, seed: int = 0) -> list[Augmentation]:
+    """`draws` augmentations of a family, each the same for all pictures, un-normalised. They depend on `seed` alone, so that
+    encoders are compared on the same ones."""
+    count = 1 if family in ALWAYS_THE_SAME else draws
+    plain = replace(recipe, mean=(0.0,) * 3, std=(1.0,) * 3)
+    if family == "rotation":
+        angles = (torch.rand(count, generator=augment.generator(seed, "rotation")) * 2 - 1) * DEGREES
+        return [partial(augment.rotate, degrees=angle) for angle in angles.tolist()]
+    if family != "full recipe":
+        plain = replace(plain, **{**STILL, **FAMILIES[family]})
+        plain = replace(plain, blur_taps=max(3, recipe.size // 10 | 1)) if family == "blur" else plain
+    return [partial(_apply, recipe=plain, generator=(seed, "equivariance", k)) for k in range(count)]
+
+
+def _apply(pictures: Tensor, recipe: augment.Recipe, generator: tuple) -> Tensor:
+    drawn = augment.draw(recipe, 1, *pictures.shape[2:], augment.generator(*generator))
+    return augment.apply(pictures, drawn.repeat(len(pictures)), recipe)
+
+
+def embed_view(encoder: Encoder, pictures: Tensor, *steps: Augmentation) -> Tensor:
+    """(N, d) embeddings, on the CPU, of (N, 3, S, S) uint8 `pictures` after `steps`, first to last."""
+    parts = []
+    for x in pictures.split(500):
+        x = x.to(encoder.device).float() / 255
+        for step in steps:
+            x = step(x)
+        parts.append(encoder.embed(x).cpu())
+    return torch.cat(parts)
 
 
 def rotation_errors(z: Tensor, views: Iterable[Tensor]) -> dict[str, float]:
     """Rotation error, invariance error, their ratio and the Gram deviation, each a mean over `views`.
 
     `z` (N, d): embeddings of N images; each of `views` (N, d): the same images under one augmentation. The first half
-    fits R in O(d) (Wahba's problem), the second half is measured:
-    rotation_error = mean |f(ax) - R f(x)|^2, invariance_error = mean |f(ax) - f(x)|^2, gram_deviation = mean over pairs
-    of (f(ax).f(ax') - f(x).f(x'))^2. The ratio is taken per view, then averaged: 1 means that rotating helps nothing.
+    fits R in O(d) (Wahba's problem), the second half is measured. The ratio is taken per view, then averaged: 1 means
+    that rotating helps nothing, NaN that nothing moved.
     """
+    weights = torch.ones(1, len(z) - len(z) // 2, dtype=z.dtype)
+    rows = [_of_view(z, view, weights) for view in views]
+    names = ("rotation_error", "invariance_error", "rotation_invariance_ratio", "gram_deviation")
+    return {name: (sum(row[name] for row in rows) / len(rows)).item() for name in names}
+
+
+def _of_view(z: Tensor, view: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Each measure under each row of `weights` (B, N - N // 2), fitted on the first half."""
     half = len(z) // 2
-    fit, held = z[:half], z[half:]
-    rows = []
-    for view in views:
-        fitted = procrustes(fit, view[:half]).to(z.dtype)
-        moved = view[half:]
-        rotation = (moved - held @ fitted.T).square().sum(dim=1).mean()
-        invariance = (moved - held).square().sum(dim=1).mean()
-        gram = (moved @ moved.T - held @ held.T).square().mean()
-        rows.append(torch.stack([rotation, invariance, rotation / invariance.clamp(min=1e-12), gram]))
-    mean = torch.stack(rows).mean(dim=0).tolist()
-    return dict(zip(("rotation_error", "invariance_error", "rotation_invariance_ratio", "gram_deviation"), mean, strict=True))
+    held, moved = z[half:], view[half:]
+    mean = partial(measures.average, weights=weights)
+    found = {"invariance_error": mean(measures.invariance(held, moved))}
+    for name, special in (("rotation", False), ("special_rotation", True)):
+        r = procrustes(z[:half], view[:half], special).to(z.dtype)
+        found[f"{name}_error"] = mean(measures.residual(held, moved, r))
+        found[f"{name}_invariance_ratio"] = measures.ratio(found[f"{name}_error"], found["invariance_error"])
+    found["gamma"] = mean(measures.relative_equivariance(held, moved))
+    found["gram_deviation"] = mean(measures.gram_deviation(held, moved))
+    found["spread"] = mean(measures.spread(moved))
+    return found
 
 
-def augmented(embed, images: Tensor, recipe: augment.Recipe, draws: int = 16, seed: int = 0) -> Iterable[Tensor]:
-    """Embeddings of `images` (N, 3, H, W) uint8 under `draws` fixed augmentations, one draw for all images.
+def _retrieval(z: Tensor, view: Tensor, weights: Tensor, seed: int) -> dict[str, Tensor]:
+    half = len(z) // 2
+    mean = partial(measures.average, weights=weights)
+    queries = {
+        "": z[half:] @ procrustes(z[:half], view[:half]).to(z.dtype).T,
+        "_unrotated": z[half:],
+        "_random": Rotation.random(z.shape[1], seed)(z[half:]),
+    }
+    found = {}
+    for name, query in queries.items():
+        ranks = measures.retrieval_ranks(query, view[half:])
+        found[f"mrr{name}"] = mean(1 / ranks)
+        found |= {f"hit_at_{k}{name}": 100 * mean((ranks <= k).to(z.dtype)) for k in (1, 5)}
+    return found
 
-    `embed` takes un-normalised (B, 3, S, S) pictures in [0, 1]. The draws depend on `seed` alone, so that encoders are
-    compared on the same ones.
+
+def _composition(z: Tensor, first: Tensor, second: Tensor, both: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """R_b R_a in place of R_ba, for the views a(x), b(x) and b(a(x))."""
+    half = len(z) // 2
+    r_a, r_b, r_ba = (procrustes(z[:half], view[:half]) for view in (first, second, both))
+    held, moved = z[half:], both[half:]
+    mean = partial(measures.average, weights=weights)
+    composed = mean(measures.residual(held, moved, (r_b @ r_a).to(z.dtype)))
+    return {
+        "composition_error": torch.full((len(weights),), measures.composition_error(r_ba, r_b, r_a), dtype=z.dtype),
+        "composition_residual": composed,
+        "composition_invariance_ratio": measures.ratio(composed, mean(measures.invariance(held, moved))),
+    }
+
+
+def geometry(
+    encoder: Encoder, pictures: Tensor, recipe: augment.Recipe, draws: int = 16, seed: int = 0, families: Iterable[str] = FAMILIES,
+    progress: bool = False,
+) -> dict[str, dict[str, tuple[float, float, float]]]:  # fmt: skip
+    """family -> measure -> (mean over draws, lower, upper end of a 95 % bootstrap interval over images and draws).
+
+    `pictures` (N, 3, S, S) uint8 of the encoder's size: rotations are fitted on the first half and held fixed, the second
+    half is measured. Compositions b(a(x)) are those of a draw and the one before, for every fourth draw. A ratio to a motion of
+    nothing (flipping twice) is NaN.
     """
-    plain = replace(recipe, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    for k in range(draws):
-        drawn = augment.draw(plain, 1, *images.shape[2:], augment.generator(seed, "equivariance", k))
-        parts = [embed(augment.apply(batch, drawn.repeat(len(batch)), plain)) for batch in images.split(500)]
-        yield torch.cat(parts)
+    z = embed_view(encoder, pictures)
+    held = len(z) - len(z) // 2
+    weights = measures.resamples(held, RESAMPLES, augment.generator(seed, "bootstrap"))
+    steps = {family: augmentations(family, recipe, draws, seed) for family in families}
+    bar = tqdm(total=sum(len(s) for s in steps.values()), unit="view", desc="augmenting", disable=not progress, leave=False)
+    answer = {}
+    for family, drawn in steps.items():
+        rows, views = defaultdict(list), []
+        for k, step in enumerate(drawn):
+            views.append(embed_view(encoder, pictures, step))
+            found = _of_view(z, views[k], weights) | _retrieval(z, views[k], weights, k)
+            if k % 4 == 3 or k == len(drawn) - 1:
+                both = embed_view(encoder, pictures, drawn[k - 1], step)
+                found |= _composition(z, views[k - 1], views[k], both, weights)
+            for name, row in found.items():
+                rows[name].append(row)
+            bar.update()
+        answer[family] = {n: measures.interval(torch.stack(r), augment.generator(seed, "bootstrap", family)) for n, r in rows.items()}
+    bar.close()
+    return answer

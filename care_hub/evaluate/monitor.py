@@ -1,5 +1,7 @@
 """What is measured during and after training, by all processes together."""
 
+from collections.abc import Callable
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -8,17 +10,32 @@ from .. import augment
 from ..config import TrainConfig
 from ..data.sources import Images, center
 from ..encoder import Encoder
-from .equivariance import augmented, rotation_errors
-from .knn import knn_top1
+from ..measures import knn_top1
+from .equivariance import augmentations, embed_view, rotation_errors
 
 
-def embed_all(encoder: Encoder, images: Images, accelerator: Accelerator, space: str, batch: int = 500) -> Tensor:
-    """(N, d) embeddings of all images, each process doing its share."""
+def embed_all(
+    encoder: Encoder,
+    images: Images,
+    accelerator: Accelerator,
+    space: str,
+    batch: int = 500,
+    view: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """(N, d) embeddings of all images, each process doing its share. `view`: (pictures, indices) -> what the encoder sees of
+    them; by default their central square."""
     processes, rank = accelerator.num_processes, accelerator.process_index
     share = -(-len(images) // processes)
     mine = torch.arange(rank * share, (rank + 1) * share).clamp(max=len(images) - 1)
-    parts = [encoder.embed(center(x, encoder.care["image_size"]), space) for x in images.batches(mine.split(batch))]
+    indices = mine.split(batch)
+    view = view or (lambda x, _: center(x, encoder.care["image_size"]))
+    parts = [encoder.embed(view(x, index), space) for x, index in zip(images.batches(indices), indices, strict=True)]
     return accelerator.gather(torch.cat(parts))[: len(images)]
+
+
+def some_of(count: int, wanted: int, seed: int = 0) -> Tensor:
+    """At most `wanted` indices of `count` images, in an order drawn by `seed`: data sets are often sorted by class."""
+    return torch.randperm(count, generator=augment.generator(seed, "images"))[:wanted]
 
 
 def bank_of(config: TrainConfig, images: Images) -> Images:
@@ -51,9 +68,8 @@ def closing(config: TrainConfig, encoder: Encoder, data: dict, recipe: augment.R
     results = dict(zip(columns, knn(config, encoder, data, accelerator, tuple(columns.values())), strict=True))
     if accelerator.is_main_process:
         images = data["test"] or data["train"]
-        some = images.take(torch.arange(min(2000, len(images))))
-        pixels = some.held.to(accelerator.device)
-        z = torch.cat([encoder.embed(center(b, recipe.size)) for b in pixels.split(500)])
-        results |= rotation_errors(z, augmented(encoder.embed, pixels, recipe))
+        pixels = center(images.take(some_of(len(images), 2000)).held, recipe.size)
+        views = (embed_view(encoder, pixels, a) for a in augmentations("full recipe", recipe, draws=16))
+        results |= rotation_errors(embed_view(encoder, pixels), views)
     accelerator.wait_for_everyone()
-    return {k: round(v, 4) for k, v in results.items() if v is not None}
+    return {k: round(v, 4) for k, v in results.items() if v is not None and v == v}
