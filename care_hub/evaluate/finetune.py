@@ -16,7 +16,7 @@ from ..data.sources import Images
 from ..distributed import global_batch_norm
 from ..encoder import Encoder
 from ..measures import topk
-from .linear import choose_penalty, fit_linear, subset
+from .linear import fit_best, subset
 from .monitor import embed_all
 
 BATCH, LR, MOMENTUM, WEIGHT_DECAY = 128, 0.02, 0.9, 1e-4
@@ -49,10 +49,8 @@ def finetune(
     for seed in range(config.seed, config.seed + config.seeds):
         began = time.perf_counter()
         some = subset(y, config.label_fraction, seed)
-        start = x[some.to(x.device)], y[some].to(x.device), classes
-        weight, bias = fit_linear(*start, choose_penalty(*start, seed))
         head = nn.Linear(x.shape[1], classes)
-        head.weight.data, head.bias.data = weight.clone(), bias.clone()
+        head.weight.data, head.bias.data, _ = fit_best(x[some.to(x.device)], y[some].to(x.device), classes, seed)
         tuned = copy.deepcopy(encoder)
         tuned.projection = None  # it belonged to the features as they were
         _train(Network(tuned, head), train, some, accelerator, config, recipe, seed)

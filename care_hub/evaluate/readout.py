@@ -7,7 +7,7 @@ from .. import augment
 from ..data.sources import Images, center
 from ..encoder import SPACES, Encoder
 from ..measures import r_squared, topk
-from .linear import choose_penalty, fit_linear, validation
+from .linear import fit_best, validation
 
 PENALTIES = tuple(10.0**k for k in range(-6, 2))  # of |w|^2 beside the mean squared error, over standardised features
 
@@ -62,7 +62,7 @@ def read_numbers(train: Tensor, numbers: Tensor, test: Tensor, truth: Tensor, se
 def read_classes(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, seed: int = 0) -> float:
     """Top-1 in per cent on the test images of a linear probe."""
     classes = int(max(labels.max(), truth.max())) + 1
-    weight, bias = fit_linear(train, labels, classes, choose_penalty(train, labels, classes, seed))
+    weight, bias, _ = fit_best(train, labels, classes, seed)
     return topk(test @ weight.T + bias, truth, 1)
 
 
