@@ -5,9 +5,11 @@ Only the part between two markers, and the metadata that we know, are ours; what
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from .classifier import LinearHead, heads
 from .data.sources import SPECS
+from .evaluate import record
 from .models import SMALL
 from .report import MEASURES
 
@@ -64,21 +66,27 @@ def _outside(text: str) -> str:
 def _written(folder: Path, name: str | None):
     """(metadata, text) of the card for the export in `folder`."""
     care = json.loads((folder / "config.json").read_text())["care"]
-    linear = [LinearHead.load(path) for path in heads(folder)]
-    return metadata(care, linear, name), body(folder, care, linear, name)
+    linear, measured = [LinearHead.load(path) for path in heads(folder)], record.read(folder)
+    try:
+        rows = accuracies(care, linear, measured)
+        return metadata(care, rows, name), body(folder, care, linear, rows, measured.get("equivariance", {}), name)
+    except (KeyError, TypeError, ValueError, AttributeError):  # a record that somebody else wrote, and not by this program
+        rows = accuracies(care, linear, {})
+        return metadata(care, rows, name), body(folder, care, linear, rows, {}, name)
 
 
-def metadata(care: dict, linear: list[LinearHead], name: str | None):
+def metadata(care: dict, rows: list["Row"], name: str | None):
     """The YAML block: what the Hub shows, filters by and lists as results."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = []
-    for dataset, title, value in accuracies(care, linear):
-        about = SPECS.get(dataset)
+    for row in rows:
+        about = SPECS.get(row.dataset)
         results.append(
             EvalResult(
-                task_type="image-classification", dataset_type=(about.hub_id if about and about.hub_id else dataset), dataset_name=dataset,
-                dataset_split="test", metric_type="accuracy", metric_name=f"{title} (backbone)", metric_value=float(value),
+                task_type="image-classification", dataset_type=(about.hub_id if about and about.hub_id else row.dataset),
+                dataset_name=row.dataset, dataset_split="test",
+                metric_type="accuracy", metric_name=row.title, metric_value=float(row.value),
             )
         )  # fmt: skip
     trained = care.get("dataset", "")
@@ -90,44 +98,58 @@ def metadata(care: dict, linear: list[LinearHead], name: str | None):
     )  # fmt: skip
 
 
-def accuracies(care: dict, linear: list[LinearHead]) -> list[tuple[str, str, float]]:
-    """(data set, metric, per cent) of all that was measured on backbone features."""
-    results, rows = care.get("results", {}), []
-    for key, title in (("knn_top1", "kNN top-1"), ("knn_color_top1", "kNN top-1, colour")):
-        if key in results:
-            rows.append((care["dataset"], title, results[key]))
-    for head in linear:
-        rows += [(head.dataset, f"linear probe top-{k}", head.metrics[f"top{k}"]) for k in (1, 5) if f"top{k}" in head.metrics]
-    return rows
+class Row(NamedTuple):
+    """An accuracy in per cent."""
+
+    dataset: str
+    title: str
+    value: float
+    note: str = ""  # what else a reader should know of it
 
 
-def body(folder: Path, care: dict, linear: list[LinearHead], name: str | None) -> str:
+def accuracies(care: dict, linear: list[LinearHead], measured: dict) -> list[Row]:
+    """All that was measured: by evaluation commands (`measured`: evaluation.json), else at the end of training."""
+    known, rows = measured.get("accuracy", {}), []
+    results, trained = care.get("results", {}), care.get("dataset")
+    if "knn_top1" in results and "kNN" not in known.get(trained, {}):
+        rows.append(Row(trained, "kNN top-1 (backbone)", results["knn_top1"]))
+    if "knn_color_top1" in results:
+        rows.append(Row(trained, "kNN top-1, colour (backbone)", results["knn_color_top1"]))
+    known = {head.dataset: {"linear probe": head.metrics} for head in linear if head.metrics.get("protocol") != "finetune"} | known
+    for dataset, by_label in known.items():
+        for label, metrics in by_label.items():
+            note = f"± {metrics['top1_std']:.2f} over {metrics['seeds']} seeds, " if "top1_std" in metrics else ""
+            note += f"{metrics['n_train']:,} training pictures" if "n_train" in metrics else ""
+            where = "" if label.startswith("fine-tuned") else " (backbone)"
+            rows += [
+                Row(dataset, f"{label} top-{k}{where}", metrics[f"top{k}"], note if k == 1 else "") for k in (1, 5) if f"top{k}" in metrics
+            ]
+    return sorted(rows, key=lambda row: (row.dataset != trained, row.dataset, not row.title.startswith("kNN")))
+
+
+def body(folder: Path, care: dict, linear: list[LinearHead], rows: list[Row], geometry: dict, name: str | None) -> str:
     """The part between the markers."""
     source, stem, size = name or str(folder), SMALL.get(care["model"]), care["image_size"]
-    head, trained, weight = care.get("projection"), care.get("dataset"), care.get("weight")
-    learned = f"trained without labels on `{trained}`" if trained else "trained without labels"
-    what = (
-        f"An image encoder ({care['model']}, {size} px) {learned} by {care.get('method', 'CARE')}"
-        + (f" (equivariance weight {weight:g}). " if weight else ". ")
-        + "In its embedding space an augmentation of the picture acts, as far as training reached, as a rotation of the unit sphere."
-        if weight or weight is None
-        else f"An image encoder ({care['model']}, {size} px) {learned} by {care['method']}. It is a plain baseline: "
-        "nothing in its training asked augmentations to act as rotations."
-    )
-    parts = [f"# {(name or '').split('/')[-1] or _title(care)}", what]
+    head = care.get("projection")
+    parts = [f"# {(name or '').split('/')[-1] or _title(care)}", _what(care)]
     parts += [f"![{picture.stem}]({picture.name})" for picture in sorted(folder.glob("*.png"))]
     parts += ["## Use", _ours(source, head, linear)]
     if name is None or "/" in name:
         parts += ["Without care_hub, in plain timm:", _timm(source, bool(name), stem, size)]
-    if rows := accuracies(care, linear):
-        table = [f"| {d} | {title} | {value:.2f} |" for d, title, value in rows]
-        parts += ["## Results", "\n".join(["| data set | measure (backbone features) | % |", "|---|---|---|", *table])]
+    if rows:
+        lines = [[row.dataset, row.title, f"{row.value:.2f}", row.note] for row in rows]
+        parts += ["## Results", _table([["data set", "measure", "%", ""], *lines])]
     known = care.get("results", {})
-    geometry = [(title, known[key], text.replace("|", "\\|")) for key, title, text in MEASURES if key in known and "knn" not in key]
-    if geometry:
-        rows = [f"| {title} | {value:.4f} | {text} |" for title, value, text in geometry]
-        note = "On held-out pictures, in projection space; one orthogonal R fitted on one half, measured on the other."
-        parts += ["## Equivariance", note, "\n".join(["| measure | value | meaning |", "|---|---|---|", *rows])]
+    closing = [[title, f"{known[key]:.4f}", text] for key, title, text in MEASURES if key in known and "knn" not in key]
+    if closing or geometry:
+        parts += [
+            "## Equivariance",
+            "On held-out pictures, in projection space; one orthogonal R fitted on one half, measured on the other.",
+        ]
+    if closing:
+        parts += [_table([["measure", "value", "meaning"], *closing])]
+    for dataset, result in geometry.items():
+        parts += _geometry(dataset, result)
     if training := care.get("training"):
         import yaml
 
@@ -144,6 +166,48 @@ def body(folder: Path, care: dict, linear: list[LinearHead], name: str | None) -
         f"ICLR 2024 ({PAPER}). Trained with care_hub, an independent implementation. MIT licence.",
     ]
     return "\n\n".join(parts)
+
+
+def _what(care: dict) -> str:
+    """One or two sentences."""
+    trained, tuned, weight = care.get("dataset"), care.get("finetuned"), care.get("weight")
+    what = f"An image encoder ({care['model']}, {care['image_size']} px) trained without labels" + (f" on `{trained}`" if trained else "")
+    what += f" by {care.get('method', 'CARE')}" + (f" (equivariance weight {weight:g})" if weight else "")
+    if tuned:
+        return f"{what}, then fine-tuned with the labels of `{tuned}`. Its embeddings are no longer meant to rotate."
+    if weight or weight is None:
+        return f"{what}. In its embedding space an augmentation acts, as far as training reached, as a rotation of the unit sphere."
+    return f"{what}. It is a plain baseline: nothing in its training asked augmentations to act as rotations."
+
+
+def _geometry(dataset: str, result: dict) -> list[str]:
+    """What `care-hub equivariance` measured."""
+
+    def cell(family: dict, measure: str) -> str:
+        mean, low, high = family.get(measure) or (None,) * 3
+        return "-" if mean is None else f"{mean:.3g} ({low:.3g} to {high:.3g})"
+
+    shown = {
+        "rotation_invariance_ratio": "rotation error / invariance error", "gram_deviation": "Gram deviation",
+        "hit_at_1": "found by R f(x), %", "hit_at_1_unrotated": "found by f(x), %",
+    }  # fmt: skip
+    rows = [[name, *(cell(family, measure) for measure in shown)] for name, family in result["families"].items()]
+    note = f"By augmentation on `{dataset}`, with 95 % intervals ({result['images']:,} pictures, {result['draws']} draws):"
+    kept = result["kept"]
+    read = [
+        [name, *(f"{space[name]:.3g}" + (" %" if name in ("label", "color") else "") for space in kept.values())]
+        for name in kept["backbone"]
+    ]
+    return [
+        note, _table([["augmentation", *shown.values()], *rows]),
+        "What a linear map reads from the embeddings (accuracy in %, R² of numbers):", _table([["", *kept], *read]),
+    ]  # fmt: skip
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Markdown; the first row is the head."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def _title(care: dict) -> str:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TINY = 1e-12
+TIE = 1e-6  # cosines this near are equal but for rounding
 STILL = 1e-8  # a mean squared motion of unit vectors below this is rounding
 
 
@@ -73,7 +74,7 @@ def retrieval_ranks(queries: Tensor, candidates: Tensor) -> Tensor:
     """
     similarity = F.normalize(queries, dim=1) @ F.normalize(candidates, dim=1).T
     own = similarity.diagonal()[:, None]
-    return 1 + (similarity > own).sum(dim=1) + ((similarity == own).sum(dim=1) - 1) / 2
+    return 1 + (similarity > own + TIE).sum(dim=1) + (((similarity - own).abs() <= TIE).sum(dim=1) - 1) / 2
 
 
 def average(values: Tensor, weights: Tensor) -> Tensor:

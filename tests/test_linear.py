@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 import care_hub
 from care_hub import cli
-from care_hub.evaluate import linear
+from care_hub.evaluate import commands
 from care_hub.evaluate.linear import PENALTIES, choose_penalty, fit_linear
 from care_hub.measures import topk
 
@@ -38,11 +38,18 @@ def test_the_head_is_the_optimum_of_its_objective():
     assert topk(held.double() @ weight.T + bias, truth, 1) > 85 and topk(held.double() @ weight.T + bias, truth, 4) == 100
 
 
+def test_a_start_does_not_change_the_optimum():
+    x, y = clusters(300, 0.7)
+    x = x.double()
+    cold, warm = fit_linear(x, y, 4, 1e-2), fit_linear(x, y, 4, 1e-2, start=fit_linear(x, y, 4, 1.0))
+    torch.testing.assert_close(warm, cold, rtol=1e-3, atol=1e-3)
+
+
 def test_the_penalty_is_chosen_on_training_images():
     x, y = clusters(60, 3.0)
     x = torch.cat([x, torch.randn(60, 60, generator=torch.Generator().manual_seed(2))], dim=1)
-    assert choose_penalty(x, y, 4) in PENALTIES[2:]  # noise in 60 of 66 features wants a strong one
-    assert choose_penalty(x, y, 4, seed=1) in PENALTIES
+    assert choose_penalty(x, y, 4)[0] in PENALTIES[:3]  # noise in 60 of 66 features wants a strong one
+    assert choose_penalty(x, y, 4, seed=1)[0] in PENALTIES
 
 
 def test_eval_linear_saves_head_card_and_result(tiny_run, tmp_path):
@@ -73,7 +80,7 @@ def test_a_head_goes_where_it_is_told(photos, tmp_path):
 
 def test_a_place_that_can_not_be_written_is_refused_before_the_work(tiny_run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(linear, "linear_probe", lambda *_: pytest.fail("the probe was trained"))
+    monkeypatch.setattr(commands, "probe", lambda *_: pytest.fail("the probe was trained"))
     done = eval_linear("--encoder", tiny_run, "--dataset-name", "shapes", "--output-dir", tmp_path / "file" / "o")
     assert done.exit_code == 1 and "can't be written" in done.output and "Traceback" not in done.output
 
