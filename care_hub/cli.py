@@ -213,6 +213,16 @@ def classify(pictures: str, encoder: str, dataset: str | None, batch_size: int) 
         print(f"{name}\t{label}\t{row.max():.4f}")
 
 
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path())
+@click.option("-o", "--output", default="report.html", show_default=True, type=click.Path(), help="the page")
+def report(runs: tuple[str, ...], output: str) -> None:
+    """Put the run folders RUNS side by side on one self-contained HTML page: results, curves, geometry, neighbours."""
+    from .page import write
+
+    print(f"the page is {write(list(runs), output)}")
+
+
 @main.command("list")
 @click.argument("wildcard", default="")
 @click.option("--pretrained", is_flag=True, help="encoders that load by name")

@@ -76,7 +76,7 @@ def closing_screen(config: TrainConfig, run: Path, results: dict, skipped: list[
             lines.append(f"  {title:<18}{value:<10} {explanation}")
     if skipped:
         lines += ["", f"  {len(skipped)} broken pictures were skipped."]
-    name = shlex.quote(str(run))
+    name, root = shlex.quote(str(run)), f" --data-root {shlex.quote(config.data_root)}" if config.data_root else ""
     lines += [
         "",
         f"Results    {run / 'results.json'}, {run / 'metrics.jsonl'}",
@@ -85,19 +85,16 @@ def closing_screen(config: TrainConfig, run: Path, results: dict, skipped: list[
         "Next",
         f"  care-hub embed YOUR_PICTURES --encoder {name} -o embeddings.parquet",
         f"  python -c \"import care_hub; print(care_hub.load_encoder('{run}').encode('YOUR_PICTURES').shape)\"",
+        f"  python eval_linear.py --encoder {name} --dataset-name {config.dataset_name}{root}   # a linear head",
     ]
     if config.weight:
-        lines.append(f"  {_again(config)} --weight 0   # the plain baseline, to compare")
+        plain = shlex.quote(f"{run.name}-plain") + (" --push-to-hub ''" if config.push_to_hub else "")
+        config_file = shlex.quote(str(run / "config.yaml"))
+        lines += [
+            f"  accelerate launch train.py --config {config_file} --weight 0 --run-name {plain}   # the plain baseline",
+            f"  care-hub equivariance {name} {shlex.quote(f'{run}-plain')} --dataset-name {config.dataset_name}{root} -o compared",
+        ]
     return "\n".join(lines)
-
-
-def _again(config: TrainConfig) -> str:
-    words = ["accelerate launch train.py"]
-    if config.dataset_name != TrainConfig.dataset_name:
-        words.append(f"--dataset-name {config.dataset_name}")
-    if config.data_root:
-        words.append(f"--data-root {shlex.quote(config.data_root)}")
-    return " ".join(words)
 
 
 GEOMETRY = (

@@ -1,6 +1,7 @@
 """train.py: what it writes, what it survives, and what it refuses."""
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from conftest import ROOT, TINY, metrics, refusal, run, train, train_here
 from PIL import Image
 from safetensors.torch import load_file
@@ -45,6 +47,18 @@ def test_a_run_leaves_all_that_was_promised(tiny_run):
     assert Image.open(tiny_run / "export" / "neighbours.png").size[0] > 600
     assert not [p for p in tiny_run.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl")]
     assert care_hub.load_encoder(tiny_run).encode(torch.zeros(2, 3, 32, 32)).shape == (2, 16)
+
+
+def test_the_closing_screen_names_the_baseline_of_this_very_run(photos, tmp_path):
+    flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32", "--temperature", "0.3", "--run-name", "a b")
+    screen = train_here(tmp_path, *flags, "--max-steps", "1")
+    (line,) = (line for line in screen.splitlines() if "--weight 0" in line)
+    words = shlex.split(line, comments=True)
+    assert words[:3] == ["accelerate", "launch", "train.py"]
+    assert CliRunner().invoke(cli.train, words[3:]).exit_code == 0
+    care, plain = (yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in ("a b", "a b-plain"))
+    assert {k for k in care if care[k] != plain[k]} == {"weight", "run_name"} and plain["weight"] == 0
+    assert f"--data-root {photos}" in next(line for line in screen.splitlines() if "care-hub equivariance" in line)
 
 
 def test_killed_at_any_moment_a_resumed_run_equals_one_that_was_never_stopped(tmp_path):
