@@ -134,8 +134,9 @@ def embed(pictures: str, encoder: str, output: str, space: str, batch_size: int)
     found, names = _pictures(pictures)
     from .encoder import load_encoder
 
-    z = load_encoder(encoder).encode(found, batch_size=batch_size, space=space, progress=sys.stderr.isatty())
-    writers[path.suffix](path, names, z)
+    loaded = load_encoder(encoder)
+    z = loaded.encode(found, batch_size=batch_size, space=space, progress=sys.stderr.isatty())
+    writers[path.suffix](path, names, z, {"encoder": loaded.fingerprint, "space": space})
     print(f"{len(z):,} embeddings of {z.shape[1]} numbers in {path}")
 
 
@@ -249,6 +250,7 @@ def list_command(wildcard: str, pretrained: bool, hub: bool, author: str | None)
 def info(source: str, revision: str | None) -> None:
     """Say what the encoder SOURCE (a folder, a registry name or a Hub id) is and how good; as JSON."""
     from .classifier import LinearHead, heads
+    from .evaluate import record
     from .export import read_config
     from .registry import locate
 
@@ -256,6 +258,7 @@ def info(source: str, revision: str | None) -> None:
     config = read_config(folder)
     care = {k: v for k, v in config["care"].items() if k not in ("training",)}
     loaded = [LinearHead.load(path) for path in heads(folder)]
+    care["accuracy"] = record.read(folder).get("accuracy", {})
     care["linear_heads"] = {head.dataset: head.metrics | {"classes": len(head.class_names)} for head in loaded}
     print(json.dumps({"architecture": config["architecture"], "num_features": config["num_features"]} | care, indent=2))
 
@@ -290,23 +293,23 @@ def _pictures(source: str) -> tuple[list[Path], list[str]]:
     return found, [str(p.relative_to(path)) if path.is_dir() else p.name for p in found]
 
 
-def _write_parquet(path: Path, names: list[str], z) -> None:
+def _write_parquet(path: Path, names: list[str], z, about: dict[str, str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), z.shape[1])
-    pq.write_table(pa.table({"path": names, "embedding": vectors}), path)
+    pq.write_table(pa.table({"path": names, "embedding": vectors}).replace_schema_metadata(about), path)
 
 
-def _write_safetensors(path: Path, names: list[str], z) -> None:
+def _write_safetensors(path: Path, names: list[str], z, about: dict[str, str]) -> None:
     import json
 
     from safetensors.numpy import save_file
 
-    save_file({"embeddings": z}, path, metadata={"paths": json.dumps(names)})
+    save_file({"embeddings": z}, path, metadata=about | {"paths": json.dumps(names)})
 
 
-def _write_npy(path: Path, names: list[str], z) -> None:
+def _write_npy(path: Path, names: list[str], z, about: dict[str, str]) -> None:
     import numpy as np
 
     np.save(path, z, allow_pickle=False)

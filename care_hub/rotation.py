@@ -49,15 +49,15 @@ class Rotation:
     def fit(cls, z, z_t, special: bool = False, encoder=None) -> "Rotation":
         """The R with z_t ~ R z in the least squares sense; see `procrustes` for shapes. Arrays or tensors.
 
-        `special`: proper rotations only (det +1), which have fractional powers. `encoder`: the Encoder that made the
-        embeddings, or its fingerprint. Raises CareHubError for shapes that differ and for values that are not finite.
+        `special`: proper rotations only (det +1), which have fractional powers. `encoder`: whose embeddings these are, see
+        `fingerprint_of`. Raises CareHubError for shapes that differ and for values that are not finite.
         """
         z, z_t = torch.as_tensor(z), torch.as_tensor(z_t)
         if z.shape != z_t.shape or z.ndim < 2 or not z.numel():
             raise CareHubError(f"a rotation is fitted on two sets of as many embeddings, got {tuple(z.shape)} and {tuple(z_t.shape)}.")
         if not (z.isfinite().all() and z_t.isfinite().all()):
             raise CareHubError("these embeddings hold values that are not finite numbers.")
-        return cls(procrustes(z, z_t, special), getattr(encoder, "fingerprint", encoder))
+        return cls(procrustes(z, z_t, special), fingerprint_of(encoder))
 
     @classmethod
     def random(cls, d: int, seed: int = 0) -> "Rotation":
@@ -111,8 +111,9 @@ class Rotation:
         return (z_t.double() - self(z.double())).square().sum(dim=-1).mean().item()
 
     def check(self, encoder) -> None:
-        """Raise CareHubError if `encoder` is known not to be the one whose embeddings this rotation was fitted on."""
-        if self.encoder and self.encoder != encoder.fingerprint:
+        """Raise CareHubError if `encoder` (see `fingerprint_of`) is known not to be whose embeddings this rotation was fitted on."""
+        other = fingerprint_of(encoder)
+        if None not in (self.encoder, other) and self.encoder != other:
             raise CareHubError("this rotation was fitted on embeddings of another encoder; fit it anew.")
 
     def save(self, path: str | Path) -> Path:
@@ -131,6 +132,28 @@ class Rotation:
                 return cls(file.get_tensor("rotation"), (file.metadata() or {}).get("encoder") or None)
         except (OSError, SafetensorError) as error:
             raise CareHubError(f"'{path}' is not a rotation saved by care_hub ({error}).") from error
+
+
+def fingerprint_of(encoder) -> str | None:
+    """The fingerprint of an Encoder, of a file that `care-hub embed` wrote (.parquet or .safetensors; None if it does not say),
+    or the fingerprint itself."""
+    path = Path(encoder) if isinstance(encoder, str | Path) else None
+    if path is None or path.suffix not in (".parquet", ".safetensors"):
+        return getattr(encoder, "fingerprint", encoder)
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return {k.decode(): v.decode() for k, v in (pq.read_schema(path).metadata or {}).items()}.get("encoder")
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                return (file.metadata() or {}).get("encoder") or None
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise CareHubError(f"'{path}' is not a file of embeddings ({error}).") from error
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:

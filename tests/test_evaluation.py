@@ -18,7 +18,7 @@ from care_hub.data import sources
 from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
 from care_hub.evaluate import commands, linear, record
-from care_hub.evaluate.equivariance import FAMILIES, augmentations, geometry
+from care_hub.evaluate.equivariance import FAMILIES, augmentations, geometry, recipe_of
 from care_hub.evaluate.monitor import some_of
 from care_hub.evaluate.readout import fit_ridge, kept, read_numbers, targets
 
@@ -190,6 +190,17 @@ def test_all_encoders_are_shown_the_same_augmentations():
         assert all(torch.equal(a(x), b(x)) for a, b in zip(first, again, strict=True))
         if family not in ("flip", "greyscale"):
             assert not torch.equal(first[0](x), other[0](x)) and not torch.equal(first[0](x), first[1](x)), family
+
+
+def test_the_recipe_is_the_one_of_training(tiny_run):
+    encoder = Encoder.from_pretrained(tiny_run)
+    recipe, config = recipe_of(encoder), care_hub.TrainConfig()
+    assert (recipe.scale, recipe.jitter, recipe.blur) == ((config.crop_scale, 1.0), config.jitter, config.blur)
+    encoder.care["training"]["jitter"] = ["much"] * 4  # a stranger's config.json
+    with pytest.raises(CareHubError, match="makes no sense"):
+        recipe_of(encoder)
+    encoder.care["training"] = None
+    assert recipe_of(encoder) == augment.Recipe(32)
 
 
 def test_the_parts_of_a_family_do_what_their_name_says():

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import care_hub
+from care_hub import cli
 from care_hub.errors import CareHubError
 from care_hub.rotation import Rotation
 
@@ -113,3 +115,28 @@ def test_kept_in_a_file_it_is_the_same(tmp_path):
 def test_what_is_no_rotation_is_refused(call, message):
     with pytest.raises(CareHubError, match=message):
         call()
+
+
+def test_a_file_of_embeddings_says_whose_they_are(tiny_run, photos, tmp_path):
+    for suffix in ("parquet", "safetensors", "npy"):
+        words = ["embed", str(photos / "test"), "--encoder", str(tiny_run), "-o", str(tmp_path / f"z.{suffix}")]
+        assert CliRunner().invoke(cli.main, words).exit_code == 0
+    mine, other = care_hub.load_encoder(tiny_run), care_hub.Encoder.new("resnet10_w16_small", hidden=8, outputs=4)
+    z = mine.encode(photos / "test")
+    for suffix in ("parquet", "safetensors"):
+        r = Rotation.fit(z, z, encoder=tmp_path / f"z.{suffix}")
+        assert r.encoder == mine.fingerprint
+        r.check(mine)
+        r.check(str(tmp_path / "z.parquet"))
+        with pytest.raises(CareHubError, match="another encoder"):
+            r.check(other)
+        (tmp_path / f"torn.{suffix}").write_bytes((tmp_path / f"z.{suffix}").read_bytes()[:50])
+        with pytest.raises(CareHubError, match="not a file of embeddings"):
+            r.check(tmp_path / f"torn.{suffix}")
+
+
+def test_many_rows_are_streamed():
+    """More rows than are turned to float64 at a time give what all at once give."""
+    z = torch.randn(150_000, 3, generator=torch.Generator().manual_seed(0))
+    r = Rotation.random(3, seed=4)
+    torch.testing.assert_close(Rotation.fit(z, r(z)).matrix, r.matrix, atol=1e-6, rtol=0)

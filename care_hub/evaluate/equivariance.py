@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import augment, measures
-from ..config import TrainConfig
 from ..encoder import Encoder
+from ..errors import CareHubError
 from ..rotation import Rotation, procrustes
 
 STILL = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0, "jitter": (0.0,) * 4, "jitter_p": 0.0, "greyscale": 0.0, "blur": 0.0}
@@ -35,13 +35,18 @@ Augmentation = Callable[[Tensor], Tensor]
 
 def recipe_of(encoder: Encoder) -> augment.Recipe:
     """The augmentation that `encoder` was trained with (that of the public code's CIFAR form, where it is not known), un-normalised."""
-    size, known = encoder.care["image_size"], encoder.care.get("training")
-    if not known:
+    size, known = encoder.care["image_size"], encoder.care.get("training") or {}
+    names = ("crop_scale", "jitter", "jitter_p", "greyscale", "blur", "blur_taps")
+    if not isinstance(known, dict) or not all(name in known for name in names):
         return augment.Recipe(size)
-    c = TrainConfig(**known)
-    return augment.Recipe(
-        size, (c.crop_scale, 1.0), jitter=c.jitter, jitter_p=c.jitter_p, greyscale=c.greyscale, blur=c.blur, blur_taps=c.blur_taps
-    )
+    try:
+        low, jitter, *rest = (known[name] for name in names)
+        low, jitter, jitter_p, grey, blur = float(low), tuple(map(float, jitter)), *map(float, rest[:3])
+        if not 0 < low <= 1 or len(jitter) != 4 or rest[3] not in range(1, size, 2):
+            raise ValueError(f"{low}, {jitter}, {rest[3]}")
+    except (TypeError, ValueError) as error:
+        raise CareHubError(f"the augmentation recorded with this encoder makes no sense ({error}).") from error
+    return augment.Recipe(size, (low, 1.0), jitter=jitter, jitter_p=jitter_p, greyscale=grey, blur=blur, blur_taps=rest[3])
 
 
 def augmentations(family: str, recipe: augment.Recipe, draws: int, seed: int = 0) -> list[Augmentation]:
