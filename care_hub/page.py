@@ -87,6 +87,8 @@ def number(value, digits: int = 4) -> str:
 def write(paths: list[str], output: str) -> Path:
     """Write the page that compares the run folders `paths`. Raises CareHubError for what is no run or can't be written."""
     target = Path(output)
+    if target.is_dir():
+        raise CareHubError(f"'{output}' is a folder; name a file for the page.")
     if not target.absolute().parent.is_dir():
         raise CareHubError(f"the folder '{target.parent}' for the page does not exist.")
     runs = [Run.read(Path(path)) for path in paths]
@@ -98,7 +100,11 @@ def write(paths: list[str], output: str) -> Path:
     from jinja2 import Environment
 
     template = Environment(autoescape=True, trim_blocks=True).from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
-    target.write_text(template.render(**contents(runs)), encoding="utf-8")
+    page = template.render(**contents(runs))
+    try:
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise CareHubError(f"'{output}' can't be written ({error.strerror}).") from error
     return target
 
 

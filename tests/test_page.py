@@ -76,6 +76,7 @@ def test_a_run_that_is_not_finished_shows_its_curves(tiny_run, tmp_path):
 def test_what_a_person_gets_wrong(tiny_run, tmp_path):
     assert "not a run folder" in report(tmp_path, "-o", tmp_path / "r.html", ok=False)
     assert "does not exist" in report(tiny_run, "-o", tmp_path / "absent" / "r.html", ok=False)
+    assert "is a folder" in report(tiny_run, "-o", tmp_path, ok=False)
     assert "given twice" in report(tiny_run, tiny_run, "-o", tmp_path / "r.html", ok=False)
     shutil.copytree(tiny_run, tmp_path / "torn")
     rows = (tmp_path / "torn" / "metrics.jsonl").read_text().splitlines()
