@@ -127,7 +127,7 @@ def curves(runs: dict[str, tuple[list[dict], TrainConfig]], path: Path, points: 
     for axes, (key, title) in zip(panels.flat, shown, strict=False):
         for k, (name, (rows, config)) in enumerate(runs.items()):
             known = [(row["step"] * config.batch_size * config.gradient_accumulation / 1000, row[key]) for row in rows if key in row]
-            if not known:
+            if not known or (key == "equivariance" and not config.weight):  # there the logged 0 is no measurement
                 continue
             x, y = np.array(known, dtype=float).T
             color = COLORS[k % len(COLORS)]

@@ -123,13 +123,10 @@ def contents(runs: list[Run]) -> dict:
         for dataset in datasets:
             known = {run.name: run.geometry[dataset] for run in runs if dataset in run.geometry}
             colors = {run.name: color_of(k) for k, run in enumerate(runs)}
-            geometry.append(
-                {
-                    "dataset": dataset, "figure": drawn(lambda k, path, c=colors: figures.geometry(k, path, c), known),
-                    "table": families(known), "kept": kept(known),
-                    "candidates": f"{next(iter(known.values()))['images'] // 2:,}",
-                }
-            )  # fmt: skip
+            part = {"dataset": dataset, "table": families(known), "kept": kept(known)}
+            part["figure"] = drawn(lambda k, path, c=colors: figures.geometry(k, path, c), known)
+            part["alike"] = len({(g["images"], g["draws"], g.get("seed")) for g in known.values()}) == 1
+            geometry.append(part | {"candidates": f"{next(iter(known.values()))['images'] // 2:,}"})
         curves = drawn(figures.curves, {run.name: (run.metrics, run.config) for run in runs}) if any(run.metrics for run in runs) else ""
     return {
         "title": "Runs compared" if many else names[0],
@@ -223,9 +220,10 @@ def families(known: dict[str, dict]) -> Table:
             triples = [(result["families"].get(family, {}).get(measure) or (None,) * 3) for result in known.values()]
             larger = {"rotation_invariance_ratio": False, "gram_deviation": False, "hit_at_1": True}.get(measure)
             cells = _compared([mean for mean, _, _ in triples], larger, digits=3)
-            for cell, (mean, low, high) in zip(cells, triples, strict=True):
+            for k, (cell, (mean, low, high)) in enumerate(zip(cells, triples, strict=True)):
+                others = [other for other in (*triples[:k], *triples[k + 1 :]) if other[0] is not None]
                 cell.note = "" if mean is None else f"{number(low, 3)} to {number(high, 3)}"
-                cell.best &= all(other is triples[cells.index(cell)] or other[1] > high or other[2] < low for other in triples if other[0])
+                cell.best = cell.best and all(other[1] > high or other[2] < low for other in others)
             columns.append(cells)
         for k, name in enumerate(known):
             rows.append([Cell(family if k == 0 else ""), Cell(name), *(column[k] for column in columns)])
