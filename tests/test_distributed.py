@@ -1,48 +1,28 @@
 """A run is the same run on any number of processes, for SimCLR, CARE-SimCLR, MoCo and CARE-MoCo."""
 
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, metrics, run
-from four_methods import METHODS
+from four_methods import METHODS, free_port
 from safetensors.torch import load_file
 
 WORKER = ROOT / "tests" / "four_methods.py"
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def torchrun(processes: int, *words):
-    launcher = ("python", "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", free_port())
-    return run(*launcher, WORKER, *words)
 
 
 def losses(folder, name):
     return [(row["infonce"], row["equivariance"]) for row in metrics(folder / name)]
 
 
-JOBS = "float64:20,float32:4,float32:1"
-
-
 @pytest.fixture(scope="module")
-def one_process(photos, tmp_path_factory):
-    root = tmp_path_factory.mktemp("one")
-    run("python", WORKER, JOBS, root, photos)
-    return root
-
-
-@pytest.fixture(scope="module")
-def two_processes(photos, tmp_path_factory):
-    root = tmp_path_factory.mktemp("two")
-    torchrun(2, JOBS, root, photos)
+def runs(photos, tmp_path_factory):
+    """What 1, 2 and 4 processes have trained: `runs / "2" / "float64:20" / "simclr"` and so on."""
+    root = tmp_path_factory.mktemp("runs")
+    both = "float64:20,float32:4,float32:1"
+    run("python", WORKER, root, photos, "4=float64:20", f"2={both}", f"1={both}")
     return root
 
 
@@ -54,16 +34,16 @@ def agree_to_1e_8(expected, found):
             assert b == pytest.approx(a, rel=1e-8), (name, step)
 
 
-def test_in_float64_twenty_steps_of_two_processes_agree_to_1e_8(one_process, two_processes):
-    agree_to_1e_8(one_process, two_processes)
+def test_in_float64_twenty_steps_of_two_processes_agree_to_1e_8(runs):
+    agree_to_1e_8(runs / "1", runs / "2")
 
 
-def test_in_float64_twenty_steps_of_four_processes_agree_to_1e_8(one_process, photos, tmp_path):
-    torchrun(4, "float64:20", tmp_path, photos)
-    agree_to_1e_8(one_process, tmp_path)
+def test_in_float64_twenty_steps_of_four_processes_agree_to_1e_8(runs):
+    agree_to_1e_8(runs / "1", runs / "4")
 
 
-def test_in_float32_four_steps_and_the_first_gradients_agree(one_process, two_processes):
+def test_in_float32_four_steps_and_the_first_gradients_agree(runs):
+    one_process, two_processes = runs / "1", runs / "2"
     for name in METHODS:
         pairs = list(zip(losses(one_process / "float32:4", name), losses(two_processes / "float32:4", name), strict=True))
         assert len(pairs) == 4
@@ -77,19 +57,19 @@ def test_in_float32_four_steps_and_the_first_gradients_agree(one_process, two_pr
             assert torch.linalg.norm(gradient - found[key]) <= 1e-5 * torch.linalg.norm(gradient), (name, key)
 
 
-def test_two_nodes_are_one_run(one_process, photos, tmp_path):
+def test_two_nodes_are_one_run(runs, photos, tmp_path):
     """Two agents with one process each, meeting on loopback."""
     port = free_port()
     nodes = []
     for rank in (0, 1):
         words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1"]
-        words += ["--master_addr", "127.0.0.1", "--master_port", port, str(WORKER), "float64:3", str(tmp_path), str(photos)]
+        words += ["--master_addr", "127.0.0.1", "--master_port", port, str(WORKER), str(tmp_path), str(photos), "float64:3"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         nodes.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     outputs = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     for name in METHODS:
-        for a, b in zip(losses(one_process / "float64:20", name)[:3], losses(tmp_path / "float64:3", name), strict=True):
+        for a, b in zip(losses(runs / "1" / "float64:20", name)[:3], losses(tmp_path / "float64:3", name), strict=True):
             assert b == pytest.approx(a, rel=1e-8)
 
 
