@@ -29,6 +29,7 @@ ROWS = {  # measure -> (title, digits, better: 1 larger, -1 smaller)
     "label_probe_10": ("same with 10 % of the labels", 1, 1),
     "label_probe_1": ("same with 1 % of the labels", 1, 1),
     "label_knn": ("kNN, label, %", 1, 1),
+    "label_projection": ("label, read linearly from the projection, %", 1, 1),
     "color_backbone": ("color, read linearly from the backbone, %", 1, 1),
     "color_projection": ("color, read linearly from the projection, %", 1, 1),
     "hue_projection": ("mean hue, read linearly from the projection, R²", 3, 1),
