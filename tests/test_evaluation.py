@@ -114,6 +114,10 @@ def test_fine_tuning_makes_another_encoder_with_its_head(encoder, photos, tmp_pa
     before = (encoder / "export" / "model.safetensors").read_bytes()
     assert "--output-dir" in eval_linear(encoder, photos, "--protocol", "finetune", ok=False)
     result = eval_linear(encoder, photos, "--protocol", "finetune", "--epochs", "3", "--output-dir", tmp_path / "tuned")
+    again = ("--protocol", "finetune", "--output-dir")
+    for taken in (tmp_path / "tuned", encoder / "export"):
+        assert "already holds an encoder" in eval_linear(encoder, photos, *again, taken, ok=False)
+    assert "already holds an encoder" in eval_linear(encoder, photos, "--output-dir", tmp_path / "tuned", ok=False)
     assert (encoder / "export" / "model.safetensors").read_bytes() == before
     tuned = care_hub.load_encoder(tmp_path / "tuned")
     assert tuned.projection is None and tuned.fingerprint != care_hub.load_encoder(encoder).fingerprint

@@ -82,6 +82,9 @@ def evaluate(config: EvalConfig) -> dict:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CareHubError(f"the folder '{target}' can't be written ({error.strerror}).") from error
+    other = target / "model.safetensors"
+    if other.is_file() and (config.protocol == "finetune" or sha256(other) != sha256(folder / "model.safetensors")):
+        raise CareHubError(f"'{target}' already holds an encoder, which would be lost; choose another --output-dir.")
     accelerator = start()
     encoder = Encoder.from_folder(folder).to(accelerator.device)
     columns = {"image_column": config.image_column, "label_column": config.label_column}
