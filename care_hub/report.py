@@ -39,21 +39,21 @@ def plan(config: TrainConfig, plan: Plan, encoder: Encoder, data: dict, processe
 
 def memory_guess(config: TrainConfig, encoder: Encoder, images: int, precision: str) -> float:
     """Bytes of weights, gradients, optimiser and of what the layers keep for the backward pass of one pair of views at a time
-    (the outputs of all layers, measured on two pictures)."""
+    (the outputs of all layers, measured on one picture)."""
     kept, size = [0], encoder.care["image_size"]
 
     def count(module, inputs, output):
         kept[0] += output.numel() if isinstance(output, torch.Tensor) else 0
 
     hooks = [m.register_forward_hook(count) for m in encoder.modules() if not list(m.children())]
-    encoder.eval().embed(torch.zeros(2, 3, size, size))
+    encoder.eval().embed(torch.zeros(1, 3, size, size))
     for hook in hooks:
         hook.remove()
     equivariance = 0 if not config.weight or config.views == "shared" else 2 / config.equivariance_stride
     views = images * (2 + equivariance)  # both pairs are alive when the backward pass begins
     parameters = sum(p.numel() for p in encoder.parameters())
     copies = {"adam": 4, "adamw": 4}.get(config.optimizer, 3) + (config.method == "moco")
-    return parameters * 4 * copies + kept[0] / 2 * views * (4 if precision == "no" else 2)
+    return parameters * 4 * copies + kept[0] * views * (4 if precision == "no" else 2)
 
 
 MEASURES = (

@@ -57,7 +57,7 @@ def train(config: TrainConfig) -> dict:
     threads = use_all_cores(accelerator.device)
 
     with accelerator.local_main_process_first():  # one process fills the cache of `datasets`
-        data = {s: load_split(config, s, main) for s in ("train", "test")}
+        data = load_data(config, main)
     plan = Plan.of(config, len(data["train"]))
     recipe = recipe_of(config, data["train"])
     torch.manual_seed(config.seed)
@@ -148,11 +148,12 @@ def precision(wanted: str) -> str:
     return "bf16" if any(probe() for probe in probes if probe) else "no"
 
 
-def load_split(config: TrainConfig, split: str, progress: bool) -> sources.Images | None:
-    return sources.load(
-        config.dataset_name, split, config.data_root, config.image_size, config.image_column, config.label_column,
-        workers=config.num_workers, skip_broken=config.skip_broken_images, progress=progress,
+def load_data(config: TrainConfig, progress: bool) -> dict[str, sources.Images | None]:
+    train, test = sources.load_both(
+        config.dataset_name, config.data_root, size=config.image_size, image_column=config.image_column,
+        label_column=config.label_column, workers=config.num_workers, skip_broken=config.skip_broken_images, progress=progress,
     )  # fmt: skip
+    return {"train": train, "test": test}
 
 
 def make_method(config: TrainConfig, encoder: Encoder, images: int) -> SimCLR:

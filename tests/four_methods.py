@@ -18,15 +18,6 @@ METHODS = {
     "care-moco": {"weight": 0.3, "method": "moco", "queue_size": 32, "equivariant_batch_size": 8},
 }
 
-LOAD, LOADED = trainer.load_split, {}
-
-
-def load_once(config, split, progress):
-    """All runs see the same pictures; reading them anew takes longer than training on them."""
-    if split not in LOADED:
-        LOADED[split] = LOAD(config, split, progress)
-    return LOADED[split]
-
 
 def free_port() -> str:
     with socket.socket() as s:
@@ -58,9 +49,8 @@ if __name__ == "__main__":
     save_root, data_root, *groups = sys.argv[1:]
     data = {"dataset_name": "imagefolder", "data_root": data_root, "image_size": 16}
     figures.neighbours = lambda *_: None  # no pictures of runs that nobody looks at
-    trainer.load_split = load_once
-    for split in ("train", "test"):
-        load_once(TrainConfig(**data), split, False)
+    pictures = trainer.load_data(TrainConfig(**data), False)  # read once, since that takes longer than training
+    trainer.load_data = lambda *_: pictures
     for group in groups:
         processes, _, jobs = group.rpartition("=")
         arguments = (f"{save_root}/{processes}", data, jobs)

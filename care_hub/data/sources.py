@@ -195,18 +195,19 @@ def load(
     workers: int = 0,
     skip_broken: bool = False,
     progress: bool = True,
+    splits: dict | None = None,
 ) -> Images | None:
     """The `train` or `test` split of a data set; None where it has no test split.
 
     Held pictures have the side `size` (the data set's own by default); streamed ones 8/7 of it, the usual 256 for 224.
     Raises CareHubError for unknown names, folders or columns, an unreachable Hub, and a picture that can't be decoded
-    (unless `skip_broken`: then `skipped` names it).
+    (unless `skip_broken`: then `skipped` names it). `splits`: what `_read` has given, where it was called already.
     """
     about = spec(name)
     size = size or about.size
     if name == "shapes":
         return _shapes(split, size)
-    splits = _read(name, about, root)
+    splits = splits or _read(name, about, root)
     wanted = about.train.split("+") if split == "train" else [s for s in about.test if s in splits][:1]
     if split == "test" and not wanted:
         return None
@@ -217,6 +218,13 @@ def load(
 
     rows = splits[wanted[0]] if len(wanted) == 1 else concatenate_datasets([splits[s] for s in wanted])
     return _images(rows, name, split, about, size, image_column, label_column, workers, skip_broken, progress)
+
+
+def load_both(name: str, root: str | None = None, **options) -> tuple[Images, Images | None]:
+    """The training and the test split, as `load` gives them; a large folder is listed once, which can take minutes."""
+    splits = None if name == "shapes" else _read(name, spec(name), root)
+    train, test = (load(name, split, root, splits=splits, **options) for split in ("train", "test"))
+    return train, test
 
 
 def _shapes(split: str, size: int) -> Images:

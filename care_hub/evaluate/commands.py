@@ -51,9 +51,7 @@ def start() -> Accelerator:
 def load(encoder: Encoder, dataset: str, data_root: str | None, accelerator: Accelerator, **options) -> tuple[Images, Images]:
     """Training and test pictures for `encoder`. Raises CareHubError without a test split."""
     size = encoder.care["image_size"]
-    train, test = (
-        sources.load(dataset, split, data_root, size, progress=accelerator.is_main_process, **options) for split in ("train", "test")
-    )
+    train, test = sources.load_both(dataset, data_root, size=size, progress=accelerator.is_main_process, **options)
     if test is None:
         raise CareHubError(f"'{dataset}' has no test split to measure on.")
     return train, test
