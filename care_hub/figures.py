@@ -124,7 +124,7 @@ def curves(runs: dict[str, tuple[list[dict], TrainConfig]], path: Path, points: 
     figure, panels = plt.subplots(lines, 3, figsize=(12, 0.6 + 2.5 * lines), squeeze=False, dpi=110)
     for axes in panels.flat[len(shown) :]:
         axes.set_axis_off()
-    for axes, (key, title) in zip(panels.flat, shown, strict=False):
+    for axes, (key, title) in zip(panels.flat[: len(shown)], shown, strict=True):
         for k, (name, (rows, config)) in enumerate(runs.items()):
             known = [(row["step"] * config.batch_size * config.gradient_accumulation / 1000, row[key]) for row in rows if key in row]
             if not known or (key == "equivariance" and not config.weight):  # there the logged 0 is no measurement

@@ -218,11 +218,12 @@ def test_the_parts_of_a_family_do_what_their_name_says():
     torch.testing.assert_close(one("blur").mean(), x.mean(), atol=0.02, rtol=0)
 
 
-def test_encoders_side_by_side(encoder, tiny_run, photos, tmp_path):
-    output = care_hub_command("equivariance", encoder, tiny_run, *words(photos, "--draws", 2, "-o", tmp_path / "o"))
+def test_encoders_side_by_side(encoder, photos, tmp_path):
+    twin = shutil.copytree(encoder, tmp_path / "twin")
+    output = care_hub_command("equivariance", encoder, twin, *words(photos, "--draws", 2, "-o", tmp_path / "o"))
     both = json.loads((tmp_path / "o" / "equivariance.json").read_text())["encoders"]
     first, second = both.values()
-    assert first == second and list(both) == [str(encoder), str(tiny_run)]  # the same weights, the same pictures
+    assert first == second and list(both) == [str(encoder), str(twin)]  # the same weights, the same pictures
     assert list(first["families"]) == list(FAMILIES) and set(first["kept"]) == {"projection", "backbone"}
     assert set(first["kept"]["backbone"]) == {"label", "brightness", "contrast", "saturation", "hue"}
     for measure, (mean, low, high) in first["families"]["full recipe"].items():
