@@ -54,7 +54,7 @@ if __name__ == "__main__":
     for group in groups:
         processes, _, jobs = group.rpartition("=")
         arguments = (f"{save_root}/{processes}", data, jobs)
-        if processes:  # forked, since importing torch takes longer than training
+        if int(processes or 1) > 1:  # forked, since importing torch takes longer than training
             torch.multiprocessing.start_processes(member, (int(processes), free_port(), *arguments), int(processes), start_method="fork")
         else:
             train_all(*arguments)

@@ -22,7 +22,8 @@ def runs(photos, tmp_path_factory):
     """What 1, 2 and 4 processes have trained: `runs / "2" / "float64:20" / "simclr"` and so on."""
     root = tmp_path_factory.mktemp("runs")
     both = "float64:20,float32:4,float32:1"
-    run("python", WORKER, root, photos, "4=float64:20", f"2={both}", f"1={both}")
+    run("python", WORKER, root, photos, "4=float64:20", f"1={both}")
+    run("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", WORKER, root / "2", photos, both)
     return root
 
 
