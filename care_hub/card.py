@@ -67,12 +67,8 @@ def _written(folder: Path, name: str | None):
     """(metadata, text) of the card for the export in `folder`."""
     care = json.loads((folder / "config.json").read_text())["care"]
     linear, measured = [LinearHead.load(path) for path in heads(folder)], record.read(folder)
-    try:
-        rows = accuracies(care, linear, measured)
-        return metadata(care, rows, name), body(folder, care, linear, rows, measured.get("equivariance", {}), name)
-    except (KeyError, TypeError, ValueError, AttributeError):  # a record that somebody else wrote, and not by this program
-        rows = accuracies(care, linear, {})
-        return metadata(care, rows, name), body(folder, care, linear, rows, {}, name)
+    rows = accuracies(care, linear, measured)
+    return metadata(care, rows, name), body(folder, care, linear, rows, measured.get("equivariance", {}), name)
 
 
 def metadata(care: dict, rows: list["Row"], name: str | None):

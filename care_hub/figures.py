@@ -72,6 +72,11 @@ def _framed(picture: torch.Tensor, gap: int) -> np.ndarray:
     return np.pad(picture.permute(1, 2, 0).numpy(), ((0, gap), (0, gap), (0, 0)), constant_values=255)
 
 
+def _triple(result: dict, family: str, measure: str) -> list:
+    """Mean and interval; nothing to draw where they were not measured."""
+    return result["families"].get(family, {}).get(measure) or [None] * 3
+
+
 def geometry(results: dict[str, dict], path: Path, colors: dict[str, str] | None = None) -> None:
     """For each augmentation family and encoder: ratio, Gram deviation and retrieval with their intervals. `results`: name ->
     what `evaluate.commands.equivariance` measured; `colors`: of the names, where they are not to be in order."""
@@ -82,10 +87,10 @@ def geometry(results: dict[str, dict], path: Path, colors: dict[str, str] | None
     for axes, (measure, title, note) in zip(panels, PANELS, strict=True):
         for k, (name, result) in enumerate(results.items()):
             y = np.arange(len(families)) + 0.18 * (k - (len(results) - 1) / 2)
-            mean, low, high = np.array([result["families"][f][measure] for f in families], dtype=float).T
+            mean, low, high = np.array([_triple(result, f, measure) for f in families], dtype=float).T
             axes.errorbar(mean, y, xerr=[mean - low, high - mean], fmt="o", ms=5, lw=1.5, color=colors[name], label=_label(name))
             if measure == "hit_at_1":
-                bare = [result["families"][f]["hit_at_1_unrotated"][0] for f in families]
+                bare = [_triple(result, f, "hit_at_1_unrotated")[0] for f in families]
                 axes.plot(bare, y, "o", ms=5, mfc="white", color=colors[name])
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(note, fontsize=9)

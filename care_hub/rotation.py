@@ -140,19 +140,15 @@ def fingerprint_of(encoder) -> str | None:
     path = Path(encoder) if isinstance(encoder, str | Path) else None
     if path is None or path.suffix not in (".parquet", ".safetensors"):
         return getattr(encoder, "fingerprint", encoder)
+    import pyarrow.parquet as pq
+    from safetensors import SafetensorError, safe_open
+
     try:
         if path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
             return {k.decode(): v.decode() for k, v in (pq.read_schema(path).metadata or {}).items()}.get("encoder")
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                return (file.metadata() or {}).get("encoder") or None
-        except SafetensorError as error:
-            raise ValueError(str(error)) from error
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("encoder")
+    except (OSError, ValueError, SafetensorError) as error:  # pyarrow's own errors are ValueErrors
         raise CareHubError(f"'{path}' is not a file of embeddings ({error}).") from error
 
 

@@ -18,6 +18,7 @@ from care_hub import card, cli, hub
 from care_hub.classifier import LinearHead
 from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
+from care_hub.evaluate import record
 
 
 @pytest.fixture
@@ -81,6 +82,15 @@ def test_pushed_and_loaded_in_a_fresh_process_with_a_fresh_cache_it_is_the_same(
     labels = run("python", "-c", load, tmp_path / "pictures.npy", tmp_path / "again.npz", env=offline).stdout
     np.testing.assert_array_equal(np.load(tmp_path / "again.npz")["z"], found["z"])
     assert "class" in labels and sum(server.requests.values()) == asked
+
+
+def test_evaluations_travel_with_the_encoder(server, export):
+    record.add(export, "accuracy", "shapes", {"linear probe, 1 % of the labels": {"top1": 12.5, "n_train": 50}})
+    hub.push(export, "lab/tiny")
+    assert record.read(hub.fetch("lab/tiny")) == record.read(export) != {}
+    told = json.loads(CliRunner().invoke(cli.main, ["info", "lab/tiny"]).stdout)
+    assert told["accuracy"]["shapes"]["linear probe, 1 % of the labels"]["top1"] == 12.5
+    assert "12.50" in files(server, "lab/tiny")["README.md"].decode()
 
 
 def test_revisions_private_repositories_and_pull_requests(server, export, tmp_path, monkeypatch):

@@ -142,7 +142,8 @@ def knn(source: str, dataset: str, data_root: str | None, k: int, temperature: f
 def equivariance(
     names: tuple[str, ...], dataset: str, data_root: str | None, images: int, draws: int, seed: int, output: str | None, **options
 ) -> dict:
-    """`care-hub equivariance`: geometry by family and what is kept, for each of the encoders `names` on the same pictures and draws.
+    """`care-hub equivariance`: geometry by family and what is kept, for each of the encoders `names` on the same pictures and draws;
+    "full recipe" is that of the first.
 
     Kept beside each encoder that is a folder; tables and figures of all of them in `output`.
     """
@@ -156,7 +157,7 @@ def equivariance(
     if bare := [s.name for s in subjects if s.encoder.projection is None]:
         raise CareHubError(f"'{bare[0]}' has no projection head, so there is no sphere on which rotations could act.")
     train, test = load(subjects[0].encoder, dataset, data_root, accelerator, **options)
-    train, test = train.take(some_of(len(train), 5000)), test.take(some_of(len(test), images, 0))
+    train, test = train.take(some_of(len(train), 5000)), test.take(some_of(len(test), images))
     pictures = sources.center(test.held, sizes[0])
     if len(pictures) < 4:
         raise CareHubError(f"'{dataset}' has {len(pictures)} test pictures, too few to fit and measure rotations.")

@@ -68,14 +68,14 @@ def _apply(pictures: Tensor, recipe: augment.Recipe, generator: tuple) -> Tensor
     return augment.apply(pictures, drawn.repeat(len(pictures)), recipe)
 
 
-def embed_view(encoder: Encoder, pictures: Tensor, *steps: Augmentation) -> Tensor:
+def embed_view(encoder: Encoder, pictures: Tensor, *steps: Augmentation, space: str = "projection") -> Tensor:
     """(N, d) embeddings, on the CPU, of (N, 3, S, S) uint8 `pictures` after `steps`, first to last."""
     parts = []
     for x in pictures.split(500):
         x = x.to(encoder.device).float() / 255
         for step in steps:
             x = step(x)
-        parts.append(encoder.embed(x).cpu())
+        parts.append(encoder.embed(x, space).cpu())
     return torch.cat(parts)
 
 
@@ -87,20 +87,26 @@ def rotation_errors(z: Tensor, views: Iterable[Tensor]) -> dict[str, float]:
     that rotating helps nothing, NaN that nothing moved.
     """
     weights = torch.ones(1, len(z) - len(z) // 2, dtype=z.dtype)
-    rows = [_of_view(z, view, weights) for view in views]
+    rows = [_of_view(z, view, fit(z, view), weights) for view in views]
     names = ("rotation_error", "invariance_error", "rotation_invariance_ratio", "gram_deviation")
     return {name: (sum(row[name] for row in rows) / len(rows)).item() for name in names}
 
 
-def _of_view(z: Tensor, view: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Each measure under each row of `weights` (B, N - N // 2), fitted on the first half."""
+def fit(z: Tensor, view: Tensor, special: bool = False) -> Tensor:
+    """(d, d): the orthogonal map fitted on the first half of the images."""
+    half = len(z) // 2
+    return procrustes(z[:half], view[:half], special).to(z.dtype)
+
+
+def _of_view(z: Tensor, view: Tensor, r: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Each measure under each row of `weights` (B, N - N // 2), on the second half; `r` from `fit`."""
     half = len(z) // 2
     held, moved = z[half:], view[half:]
     mean = partial(measures.average, weights=weights)
     found = {"invariance_error": mean(measures.invariance(held, moved))}
-    for name, special in (("rotation", False), ("special_rotation", True)):
-        r = procrustes(z[:half], view[:half], special).to(z.dtype)
-        found[f"{name}_error"] = mean(measures.residual(held, moved, r))
+    proper = r if torch.linalg.det(r.double()) > 0 else fit(z, view, special=True)
+    for name, fitted in (("rotation", r), ("special_rotation", proper)):
+        found[f"{name}_error"] = mean(measures.residual(held, moved, fitted))
         found[f"{name}_invariance_ratio"] = measures.ratio(found[f"{name}_error"], found["invariance_error"])
     found["gamma"] = mean(measures.relative_equivariance(held, moved))
     found["gram_deviation"] = mean(measures.gram_deviation(held, moved))
@@ -108,31 +114,23 @@ def _of_view(z: Tensor, view: Tensor, weights: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _retrieval(z: Tensor, view: Tensor, weights: Tensor, seed: int) -> dict[str, Tensor]:
-    half = len(z) // 2
-    mean = partial(measures.average, weights=weights)
-    queries = {
-        "": z[half:] @ procrustes(z[:half], view[:half]).to(z.dtype).T,
-        "_unrotated": z[half:],
-        "_random": Rotation.random(z.shape[1], seed)(z[half:]),
-    }
-    found = {}
-    for name, query in queries.items():
-        ranks = measures.retrieval_ranks(query, view[half:])
+def _retrieval(z: Tensor, view: Tensor, r: Tensor, weights: Tensor, seed: int) -> dict[str, Tensor]:
+    held, moved = z[len(z) // 2 :], view[len(z) // 2 :]
+    mean, found = partial(measures.average, weights=weights), {}
+    for name, queries in {"": held @ r.T, "_unrotated": held, "_random": Rotation.random(z.shape[1], seed)(held)}.items():
+        ranks = measures.retrieval_ranks(queries, moved)
         found[f"mrr{name}"] = mean(1 / ranks)
         found |= {f"hit_at_{k}{name}": 100 * mean((ranks <= k).to(z.dtype)) for k in (1, 5)}
     return found
 
 
-def _composition(z: Tensor, first: Tensor, second: Tensor, both: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """R_b R_a in place of R_ba, for the views a(x), b(x) and b(a(x))."""
-    half = len(z) // 2
-    r_a, r_b, r_ba = (procrustes(z[:half], view[:half]) for view in (first, second, both))
-    held, moved = z[half:], both[half:]
+def _composition(z: Tensor, both: Tensor, r_a: Tensor, r_b: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """R_b R_a in place of R_ba, for the view b(a(x))."""
+    held, moved = z[len(z) // 2 :], both[len(z) // 2 :]
     mean = partial(measures.average, weights=weights)
-    composed = mean(measures.residual(held, moved, (r_b @ r_a).to(z.dtype)))
+    composed = mean(measures.residual(held, moved, r_b @ r_a))
     return {
-        "composition_error": torch.full((len(weights),), measures.composition_error(r_ba, r_b, r_a), dtype=z.dtype),
+        "composition_error": torch.full((len(weights),), measures.composition_error(fit(z, both), r_b, r_a), dtype=z.dtype),
         "composition_residual": composed,
         "composition_invariance_ratio": measures.ratio(composed, mean(measures.invariance(held, moved))),
     }
@@ -155,13 +153,14 @@ def geometry(
     bar = tqdm(total=sum(len(s) for s in steps.values()), unit="view", desc="augmenting", disable=not progress, leave=False)
     answer = {}
     for family, drawn in steps.items():
-        rows, views = defaultdict(list), []
+        rows, fitted = defaultdict(list), []
         for k, step in enumerate(drawn):
-            views.append(embed_view(encoder, pictures, step))
-            found = _of_view(z, views[k], weights) | _retrieval(z, views[k], weights, k)
+            view = embed_view(encoder, pictures, step)
+            fitted.append(fit(z, view))
+            found = _of_view(z, view, fitted[k], weights) | _retrieval(z, view, fitted[k], weights, k)
             if k % 4 == 3 or k == len(drawn) - 1:
                 both = embed_view(encoder, pictures, drawn[k - 1], step)
-                found |= _composition(z, views[k - 1], views[k], both, weights)
+                found |= _composition(z, both, fitted[k - 1], fitted[k], weights)
             for name, row in found.items():
                 rows[name].append(row)
             bar.update()

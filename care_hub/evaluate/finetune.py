@@ -54,7 +54,8 @@ def finetune(
         tuned = copy.deepcopy(encoder)
         tuned.projection = None  # it belonged to the features as they were
         _train(Network(tuned, head), train, some, accelerator, config, recipe, seed)
-        logits = tuned_logits(tuned, head, test, accelerator)
+        with torch.no_grad():
+            logits = head(embed_all(tuned, test, accelerator, "backbone"))
         metrics = {"protocol": "finetune", "seed": seed} | {
             f"top{k}": round(topk(logits, test.labels.to(logits.device), k), 2) for k in (1, 5)
         }
@@ -62,11 +63,6 @@ def finetune(
         heads.append(LinearHead(config.dataset_name, head.weight.detach().cpu(), head.bias.detach().cpu(), train.class_names, metrics))
         first = first or tuned.eval()
     return heads, first
-
-
-def tuned_logits(encoder: Encoder, head: nn.Linear, images: Images, accelerator: Accelerator) -> Tensor:
-    with torch.no_grad():
-        return head(embed_all(encoder, images, accelerator, "backbone"))
 
 
 def _train(network: Network, images: Images, some: Tensor, accelerator: Accelerator, config: EvalConfig, recipe, seed: int) -> None:
@@ -79,12 +75,12 @@ def _train(network: Network, images: Images, some: Tensor, accelerator: Accelera
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     model, optimizer = accelerator.prepare(network, optimizer)
     model.train()
-    bar = tqdm(range(total), unit="step", desc=f"fine-tuning, seed {seed}", disable=not accelerator.is_main_process, leave=False)
-    for step in bar:
-        epoch, place = divmod(step, per_epoch)
+    indices = []
+    for epoch in range(config.epochs):
         order = some[torch.randperm(len(some), generator=augment.generator(seed, "finetune", epoch))]
-        index = order[place * size :][:size].chunk(processes)[rank]
-        (pictures,) = images.batches([index])
+        indices += [batch.chunk(processes)[rank] for batch in order[: per_epoch * size].split(size)]
+    bar = tqdm(total=total, unit="step", desc=f"fine-tuning, seed {seed}", disable=not accelerator.is_main_process, leave=False)
+    for step, (index, pictures) in enumerate(zip(indices, images.batches(indices), strict=True)):
         drawn = augment.draw(recipe, size, *pictures.shape[2:], augment.generator(seed, "finetune views", step))
         mine = slice(rank * len(index), (rank + 1) * len(index))
         views = augment.apply(pictures.to(accelerator.device), drawn.rows(mine), recipe)
@@ -93,4 +89,7 @@ def _train(network: Network, images: Images, some: Tensor, accelerator: Accelera
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()
-        bar.set_postfix_str(f"loss {loss.item():.3f}") if step % 20 == 0 else None
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}")
+        bar.update()
+    bar.close()

@@ -21,7 +21,7 @@ PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # candidates for the weight of |W|^2
 FEW = 1000  # fewer labels than this are all used to choose the penalty, a fifth at a time
 # Of the public code: (learning rate, weight decay, batch) for CIFAR and STL-10, for ImageNet-100.
 PUBLISHED = {"adam": (1e-3, 1e-6, 512), "sgd": (10.0, 0.0, 128)}
-STEPS = (0.3, 0.4, 0.5, 0.6)  # of ImageNet-100: a tenth of the rate from each of these parts of the epochs on
+STEPS = (0.3, 0.4, 0.5, 0.6)  # of ImageNet-100: a tenth of the rate from each of these parts of the epochs on (the tenth: MoCo's)
 
 
 def fit_linear(

@@ -7,6 +7,7 @@ from .. import augment
 from ..data.sources import Images, center
 from ..encoder import SPACES, Encoder
 from ..measures import r_squared, topk
+from .equivariance import embed_view
 from .linear import fit_best, validation
 
 PENALTIES = tuple(10.0**k for k in range(-6, 2))  # of |w|^2 beside the mean squared error, over standardised features
@@ -72,7 +73,7 @@ def kept(encoder: Encoder, train: Images, test: Images, seed: int = 0) -> dict[s
     (classes, numbers), (true_classes, true_numbers) = (targets(i, p) for i, p in zip((train, test), pictures, strict=True))
     answer = {}
     for space in SPACES if encoder.projection is not None else ("backbone",):
-        x, x_test = (torch.cat([encoder.embed(b, space).cpu() for b in p.split(500)]) for p in pictures)
+        x, x_test = (embed_view(encoder, p, space=space) for p in pictures)
         answer[space] = {}
         for name, y in classes.items():
             known, asked = y >= 0, true_classes[name] >= 0
