@@ -22,6 +22,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = augment.Recipe(size=args.size)
     images = torch.randint(0, 256, (args.batch, 3, args.size, args.size), dtype=torch.uint8, device=device)
+    torch.ones(7 << 20)  # as after any step of a network: glibc keeps freed blocks once it has seen a large one go
     row = {"device": str(device), "threads": torch.get_num_threads(), "batch": args.batch, "size": args.size}
     for name, draws in {"per_image_ms": args.batch, "per_group_ms": 8}.items():
         times = []

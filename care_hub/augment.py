@@ -52,6 +52,10 @@ class Draw:
         """Each row `times` times in succession: one augmentation for a group of consecutive images."""
         return Draw(*(getattr(self, f.name).repeat_interleave(times, dim=0) for f in dataclasses.fields(self)))
 
+    @classmethod
+    def join(cls, draws: list["Draw"]) -> "Draw":
+        return cls(*(torch.cat([getattr(d, f.name) for d in draws]) for f in dataclasses.fields(cls)))
+
 
 def generator(seed: int, *path) -> torch.Generator:
     """A CPU generator that depends on `seed` and `path` (stream name, step, ...) alone."""
@@ -92,14 +96,13 @@ def pair(
     """
     share = len(images) * processes // draws
     mine = slice(rank * len(images), (rank + 1) * len(images))
-    views = []
-    for view in (0, 1):
-        pictures = images[:, view] if images.ndim == 5 else images
-        drawn = draw(recipe, draws, *pictures.shape[2:], generator(seed, stream, step, view))
-        if cropped:
-            drawn = replace(drawn, box=torch.tensor([[0, 0, *pictures.shape[2:]]]).expand(draws, -1))
-        views.append(apply(pictures, drawn.repeat(share).rows(mine), recipe))
-    return torch.cat(views)
+    height, width = images.shape[-2:]
+    drawn = [draw(recipe, draws, height, width, generator(seed, stream, step, view)).repeat(share).rows(mine) for view in (0, 1)]
+    both = Draw.join(drawn)
+    if cropped:
+        both = replace(both, box=torch.tensor([[0, 0, height, width]]).expand(len(both.box), -1))
+    pictures = images.transpose(0, 1).flatten(0, 1) if images.ndim == 5 else images.repeat(2, 1, 1, 1)
+    return apply(pictures, both, recipe)
 
 
 def crop_box(recipe: Recipe, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
@@ -129,7 +132,7 @@ def _crop_boxes(recipe: Recipe, n: int, height: int, width: int, generator: torc
 
 def apply(images: Tensor, drawn: Draw, recipe: Recipe) -> Tensor:
     """One view: (B, 3, H, W) uint8 (or float in [0, 1]) and B rows of parameters -> (B, 3, size, size) float."""
-    x = images.to(torch.get_default_dtype()) / 255 if images.dtype == torch.uint8 else images
+    x = images.to(torch.get_default_dtype()).mul_(1 / 255) if images.dtype == torch.uint8 else images
     x = crop(x, drawn.box, drawn.flip, recipe.size)
     x = jitter(x, drawn.factors, drawn.order)
     x = greyscale(x, drawn.grey)
@@ -138,30 +141,32 @@ def apply(images: Tensor, drawn: Draw, recipe: Recipe) -> Tensor:
 
 
 def normalise(x: Tensor, mean, std) -> Tensor:
-    mean, std = (torch.tensor(v, dtype=x.dtype).to(x.device, non_blocking=True).view(3, 1, 1) for v in (mean, std))
-    return (x - mean) / std
+    mean, scale = torch.tensor(mean, dtype=torch.float64), 1 / torch.tensor(std, dtype=torch.float64)
+    shift, scale = (v.to(x.dtype).to(x.device, non_blocking=True).view(3, 1, 1) for v in (-mean * scale, scale))
+    return (x * scale).add_(shift)
 
 
 def crop(x: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
     """Resized crop as two matrix products; flipped ones have their column matrix reversed."""
     if x.shape[2:] == (size, size) and (box == torch.tensor([0, 0, size, size])).all():
         return torch.where(flip.to(x.device, non_blocking=True)[:, None, None, None], x.flip(3), x)
-    rows = _resize_matrix(box[:, 0], box[:, 2], x.shape[2], size)
-    columns = _resize_matrix(box[:, 1], box[:, 3], x.shape[3], size)
-    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
-    rows, columns = (m.to(x.dtype).to(x.device, non_blocking=True) for m in (rows, columns))
+    rows = _resize_matrix(box[:, 0], box[:, 2], x.shape[2], size, x.dtype, torch.zeros_like(flip))
+    columns = _resize_matrix(box[:, 1], box[:, 3], x.shape[3], size, x.dtype, flip)
+    rows, columns = (m.to(x.device, non_blocking=True) for m in (rows, columns))
     x = torch.bmm(x.flatten(1, 2), columns.transpose(1, 2)).unflatten(1, x.shape[1:3])  # all channels in one product
     return (rows[:, None] @ x).clamp_(0, 1)
 
 
-def _resize_matrix(start: Tensor, length: Tensor, full: int, size: int) -> Tensor:
+def _resize_matrix(start: Tensor, length: Tensor, full: int, size: int, dtype: torch.dtype, flip: Tensor) -> Tensor:
     """(B, size, full) weights of an antialiased (triangle filter) resize of `length` pixels from `start` to `size`."""
-    scale = (length.double() / size)[:, None, None]
-    centre = (torch.arange(size, dtype=torch.float64)[None, :, None] + 0.5) * scale
-    pixel = torch.arange(full, dtype=torch.float64)[None, None, :] - start[:, None, None]
-    weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
-    weight = weight.masked_fill((pixel < 0) | (pixel >= length[:, None, None]), 0)
-    return weight / weight.sum(dim=2, keepdim=True)
+    scale = length.double() / size
+    place = torch.arange(size, dtype=torch.float64) + 0.5
+    centre = torch.where(flip[:, None], size - place, place) * scale[:, None]
+    pixel = torch.arange(full) - start[:, None]
+    inside = (pixel >= 0) & (pixel < length[:, None])
+    weight = (pixel + 0.5).to(dtype)[:, None, :] - centre.to(dtype)[:, :, None]
+    weight = weight.abs_().mul_((-1 / scale.clamp(min=1)).to(dtype)[:, None, None]).add_(1).clamp_(min=0).mul_(inside[:, None])
+    return weight.mul_(1 / weight.sum(dim=2, keepdim=True))
 
 
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
@@ -187,34 +192,34 @@ def rotate(x: Tensor, degrees: float) -> Tensor:
 
 def luma(x: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, 1, H, W)."""
-    return GREY[0] * x[:, 0:1] + GREY[1] * x[:, 1:2] + GREY[2] * x[:, 2:3]
+    return (x[:, 0:1] * GREY[0]).add_(x[:, 1:2], alpha=GREY[1]).add_(x[:, 2:3], alpha=GREY[2])
 
 
 def _brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * factor).clamp(0, 1)
+    return (x * factor).clamp_(0, 1)
 
 
 def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(luma(x).mean(dim=(2, 3), keepdim=True), x, factor).clamp(0, 1)
+    return torch.lerp(luma(x).mean(dim=(2, 3), keepdim=True), x, factor).clamp_(0, 1)
 
 
 def _saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(luma(x), x, factor).clamp(0, 1)
+    return torch.lerp(luma(x), x, factor).clamp_(0, 1)
 
 
 def _hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the hue of HSV by `turns` (1 = full circle); the way back is the closed form of Smith (1978)."""
+    """Rotate the hue of HSV by `turns` (1 = full circle). The way there sorts the channels by minima and maxima rather than by
+    cases; the way back is the closed form of Smith (1978)."""
     red, green, blue = x.unbind(dim=1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    scale = torch.where(chroma > 0, chroma, 1).reciprocal()
-    sixths = torch.where(
-        value == red, (green - blue) * scale, torch.where(value == green, (blue - red) * scale + 2, (red - green) * scale + 4)
-    )
-    sixths = sixths / 6 + turns.squeeze(3)
-    k = sixths[:, None] + torch.tensor((5 / 6, 3 / 6, 1 / 6), dtype=x.dtype).to(x.device, non_blocking=True).view(3, 1, 1)
-    k = (k - k.floor()).mul_(6)  # faster than a remainder
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+    high, low = torch.maximum(green, blue), torch.minimum(green, blue)
+    value, middle = torch.maximum(red, high), torch.minimum(red, high)
+    swapped = (green < blue).to(x.dtype)
+    hue = torch.where(red < high, swapped - 1 / 3, -swapped)
+    chroma = value - torch.minimum(middle, low)
+    hue = hue.addcdiv_(middle - low, chroma.clamp(min=1e-12), value=1 / 6).abs_().add_(turns.squeeze(3))
+    offsets = torch.tensor((11 / 6, 9 / 6, 7 / 6), dtype=x.dtype).to(x.device, non_blocking=True).view(3, 1, 1)
+    k = (hue[:, None] + offsets).frac_().mul_(6)  # a turn more than needed, so that nothing is negative
+    return torch.addcmul(value[:, None], chroma[:, None], torch.minimum(k, 4 - k).clamp_(0, 1), value=-1)
 
 
 def greyscale(x: Tensor, which: Tensor) -> Tensor:
@@ -234,6 +239,9 @@ def blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:
     where = index.to(x.device, non_blocking=True)
     y = torch.nn.functional.pad(x[where], (reach,) * 4, mode="reflect")
     height, width = x.shape[2:]
-    y = sum(weights[:, k] * y[:, :, k : k + height] for k in range(taps))
-    y = sum(weights[:, k] * y[..., k : k + width] for k in range(taps))
+    for axis, length in ((2, height), (3, width)):
+        shifted = [y.narrow(axis, k, length) for k in range(taps)]
+        y = shifted[reach] * weights[:, reach]
+        for k in range(reach):  # the kernel is symmetric
+            y.addcmul_(shifted[k] + shifted[taps - 1 - k], weights[:, k])
     return x.index_copy(0, where, y)

@@ -170,8 +170,10 @@ def make_optimizer(config: TrainConfig, method: torch.nn.Module) -> torch.optim.
     common = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer in ("sgd", "lars"):
         common["momentum"] = config.momentum
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "lars": Lars}
-    return kinds[config.optimizer](parameters, **common)
+    if config.optimizer == "lars":
+        return Lars(parameters, **common)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    return kinds[config.optimizer](parameters, fused=parameters[0].device.type in ("cpu", "cuda"), **common)
 
 
 def open_run(config: TrainConfig, main: bool) -> Path:
@@ -206,6 +208,8 @@ def restore(run: Path, method, optimizer, accelerator: Accelerator) -> tuple[int
     model, state, extra = checkpoint.load(run / "checkpoints")
     fill(accelerator.unwrap_model(method), model, checkpoint.complete(run / "checkpoints")[-1])
     optimizer.load_state_dict(state)
+    for parameter, kept in optimizer.state.items():  # a fused optimiser pairs numbers by their place in memory: channels_last, too
+        kept |= {k: torch.empty_like(parameter).copy_(v) for k, v in kept.items() if getattr(v, "shape", None) == parameter.shape}
     if accelerator.scaler and extra["scaler"]:
         accelerator.scaler.load_state_dict(extra["scaler"])
     return extra["step"], extra["seconds"]

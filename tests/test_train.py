@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import care_hub
-from care_hub import augment, checkpoint, cli
+from care_hub import augment, checkpoint, cli, trainer
 from care_hub.config import Plan, TrainConfig, lr_at, weight_at
+from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
 from care_hub.views import make_views, order
 
@@ -59,6 +60,25 @@ def test_the_closing_screen_names_the_baseline_of_this_very_run(photos, tmp_path
     care, plain = (yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in ("a b", "a b-plain"))
     assert {k for k in care if care[k] != plain[k]} == {"weight", "run_name"} and plain["weight"] == 0
     assert f"--data-root {photos}" in next(line for line in screen.splitlines() if "care-hub equivariance" in line)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars"])
+def test_optimisers_step_as_their_plain_forms_do(name):
+    config = TrainConfig(model="resnet10_w16_small", optimizer=name, lr=0.01)
+    encoders, views = [], torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    for plain in (False, True):
+        torch.manual_seed(0)
+        encoder = Encoder.new(config.model).double().train()
+        optimizer = trainer.make_optimizer(config, encoder)
+        for group in optimizer.param_groups:
+            group["fused"] = not plain and group.get("fused")
+        for _ in range(3):
+            encoder(views).square().sum(dim=0)[:64].sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        encoders.append(encoder.state_dict())
+    for key, value in encoders[0].items():
+        assert torch.allclose(value, encoders[1][key], rtol=1e-6, atol=1e-8), key
 
 
 def test_killed_at_any_moment_a_resumed_run_equals_one_that_was_never_stopped(tmp_path):
