@@ -1,10 +1,12 @@
-"""Checkpoints: safetensors and JSON, complete or absent."""
+"""Checkpoints: safetensors and JSON, complete or absent, written while training goes on."""
 
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -12,18 +14,47 @@ from torch import Tensor
 from .errors import CareHubError
 
 
+class Writer:
+    """Saves checkpoints in `folder`, one at a time, in a thread: a step waits for a copy of the tensors, not for the disk."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.pool, self.step, self.running = folder, ThreadPoolExecutor(1), 0, None
+
+    def save(self, step: int, model: dict[str, Tensor], optimizer: dict, extra: dict) -> None:
+        """Begin to write; first waits for the one before."""
+        self.wait()
+        state = {k: {n: _copy(v) for n, v in of.items()} for k, of in optimizer["state"].items()}
+        model = {k: _copy(v) for k, v in model.items()}
+        self.step = step
+        self.running: Future | None = self.pool.submit(save, self.folder, step, model, optimizer | {"state": state}, extra)
+
+    def wait(self) -> None:
+        """Until all is on disk. Raises CareHubError if it could not be written."""
+        running, self.running = self.running, None
+        try:
+            if running:
+                running.result()
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CareHubError(f"the checkpoint of step {self.step} can't be written in '{self.folder}' ({reason}).") from error
+
+
+def _copy(value):
+    return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+
+
 def save(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict, extra: dict, keep: int = 2) -> Path:
     """Write `folder`/step-XXXXXXXX and drop all but the newest `keep`.
 
     Files are written and synced under a temporary name in the same folder, then renamed: a crash leaves the old
-    checkpoints and no half one. `extra` is JSON (step, seconds, ...).
+    checkpoints and no half one. Tensors are contiguous and on the CPU; `extra` is JSON (step, seconds, ...).
     """
     folder.mkdir(parents=True, exist_ok=True)
     final, temporary = folder / f"step-{step:08d}", folder / f".writing-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     tensors, layout = _flatten(optimizer)
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.items()}, temporary / "model.safetensors")
+    save_file(model, temporary / "model.safetensors")
     save_file(tensors, temporary / "optimizer.safetensors")
     (temporary / "state.json").write_text(json.dumps(extra | {"step": step, "optimizer": layout}))
     for path in temporary.iterdir():
@@ -61,7 +92,7 @@ def _flatten(optimizer: dict) -> tuple[dict[str, Tensor], dict]:
     for index, state in optimizer["state"].items():
         for name, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{index}.{name}"] = value
             else:
                 plain[f"{index}.{name}"] = value
     return tensors, {"param_groups": optimizer["param_groups"], "plain": plain}

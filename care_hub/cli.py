@@ -123,21 +123,13 @@ def main() -> None:
     help="unit vectors that rotate, or raw features for probes",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
-def embed(pictures: str, encoder: str, output: str, space: str, batch_size: int) -> None:
-    """Turn a folder of PICTURES (or one picture) into embeddings."""
-    writers = {".parquet": _write_parquet, ".safetensors": _write_safetensors, ".npy": _write_npy}
-    path = Path(output)
-    if path.suffix not in writers:
-        raise CareHubError(f"'{output}' must end in {', '.join(writers)}.")
-    if not path.absolute().parent.is_dir():
-        raise CareHubError(f"the folder '{path.parent}' for the output does not exist.")
-    found, names = _pictures(pictures)
-    from .encoder import load_encoder
+@click.option("--skip-broken-images", "skip_broken", is_flag=True, help="name broken pictures and leave them out instead of stopping")
+def embed(pictures: str, **options) -> None:
+    """Turn a folder of PICTURES (or one picture) into embeddings. Typed again after a break it goes on where it was."""
+    from .embeddings import embed as run
 
-    loaded = load_encoder(encoder)
-    z = loaded.encode(found, batch_size=batch_size, space=space, progress=sys.stderr.isatty())
-    writers[path.suffix](path, names, z, {"encoder": loaded.fingerprint, "space": space})
-    print(f"{len(z):,} embeddings of {z.shape[1]} numbers in {path}")
+    if said := run(pictures, **options):
+        print(said)
 
 
 def data_options(command):
@@ -206,8 +198,10 @@ def convert(checkpoint: str, out: str, dataset_name: str | None) -> None:
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
 def classify(pictures: str, encoder: str, dataset: str | None, batch_size: int) -> None:
     """Name the class of each of PICTURES (a folder or one picture): path, label and probability, separated by tabs."""
-    found, names = _pictures(pictures)
     from .classifier import load_classifier
+    from .data.pictures import named
+
+    found, names = named(pictures)
 
     labels, probabilities = load_classifier(encoder, dataset).classify(found, batch_size, progress=sys.stderr.isatty())
     for name, label, row in zip(names, labels, probabilities, strict=True):
@@ -280,36 +274,3 @@ def push(folder: str, repository: str, **options) -> None:
 def _entry_line(entry) -> str:
     metrics = ", ".join(f"{k} {v:.1f} %" for k, v in entry.metrics.items())
     return f"{entry.name}  ({', '.join(filter(None, (entry.repo_id, metrics, entry.license)))})"
-
-
-def _pictures(source: str) -> tuple[list[Path], list[str]]:
-    """The pictures of a folder, or the one, and their names."""
-    path = Path(source)
-    if not path.exists():
-        raise CareHubError(f"there is no file or folder '{source}'.")
-    from .data.pictures import files
-
-    found = files(path) if path.is_dir() else [path]
-    return found, [str(p.relative_to(path)) if path.is_dir() else p.name for p in found]
-
-
-def _write_parquet(path: Path, names: list[str], z, about: dict[str, str]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), z.shape[1])
-    pq.write_table(pa.table({"path": names, "embedding": vectors}).replace_schema_metadata(about), path)
-
-
-def _write_safetensors(path: Path, names: list[str], z, about: dict[str, str]) -> None:
-    import json
-
-    from safetensors.numpy import save_file
-
-    save_file({"embeddings": z}, path, metadata=about | {"paths": json.dumps(names)})
-
-
-def _write_npy(path: Path, names: list[str], z, about: dict[str, str]) -> None:
-    import numpy as np
-
-    np.save(path, z, allow_pickle=False)

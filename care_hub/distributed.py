@@ -78,6 +78,15 @@ def global_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
+def start():
+    """An accelerate.Accelerator for work without training, on all cores."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    use_all_cores(accelerator.device)
+    return accelerator
+
+
 def use_all_cores(device: torch.device) -> int:
     """Share the cores among this machine's processes; `accelerate launch` and torchrun ask for one thread each."""
     if device.type == "cpu" and int(os.environ.get("OMP_NUM_THREADS", "1") or 1) <= 1:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -105,33 +105,58 @@ class Encoder(nn.Module):
         in [0, 1] (NCHW or CHW), or a sequence of any of these, a `datasets` column included. `space`: "projection" for
         unit vectors, "backbone" for raw features. Raises CareHubError for a picture that can't be decoded.
         """
-        if batch_size < 1:
-            raise CareHubError(f"batch_size must be at least 1, got {batch_size}.")
         items = _items(images)
         if len(items) == 0:
             raise CareHubError("there are no images to encode.")
-        parts = []
+        found, done = None, 0
         with tqdm(total=len(items), unit="image", desc="encoding", disable=not progress) as bar:
-            for batch in self._batches(items, batch_size):
-                parts.append(self.embed(batch, space, dtype).cpu())
-                bar.update(len(batch))
-        return torch.cat(parts).numpy()
+            for z in self.stream(items, batch_size, space, dtype):
+                found = np.empty((len(items), z.shape[1]), np.float32) if found is None else found
+                found[done : done + len(z)] = z
+                done += len(z)
+                bar.update(len(z))
+        return found
 
-    def _batches(self, items, batch_size: int) -> Iterator[Tensor]:
-        """Decoded batches, one decoded ahead while the network works on the last."""
+    def stream(
+        self, images, batch_size: int = 256, space: str = "projection", dtype: torch.dtype | None = None,
+        broken: Callable[[CareHubError], None] | None = None,
+    ) -> Iterator[np.ndarray]:  # fmt: skip
+        """What `encode` gives, one (batch_size, d) array after the other, so that memory does not grow with the number of images.
+
+        `broken`: called with the error of a picture that can't be decoded, whose row is NaN then; by default it is raised.
+        """
+        if batch_size < 1:
+            raise CareHubError(f"batch_size must be at least 1, got {batch_size}.")
+        for batch, bad in self._batches(_items(images), batch_size, broken):
+            z = self.embed(batch, space, dtype).cpu().numpy()
+            z[bad] = np.nan
+            yield z
+
+    def _batches(self, items, batch_size: int, broken: Callable | None) -> Iterator[tuple[Tensor, list[int]]]:
+        """Decoded batches and the places of broken pictures, one batch decoded ahead while the network works on the last."""
         slices = [slice(k, k + batch_size) for k in range(0, len(items), batch_size)]
         if isinstance(items, Tensor):
-            yield from (self._resize(items[s]) for s in slices)
+            yield from ((self._resize(items[s]), []) for s in slices)
             return
         with ThreadPoolExecutor(os.cpu_count()) as pool:
 
             def submit(s: slice):
                 return [pool.submit(self._canvas, item) for item in items[s]]
 
-            ahead = submit(slices[0])
-            for following in [*slices[1:], None]:
-                current, ahead = ahead, submit(following) if following else []
-                yield torch.stack([f.result() for f in current])
+            def result(future) -> Tensor | None:
+                try:
+                    return future.result()
+                except CareHubError as error:
+                    if broken is None:
+                        raise
+                    broken(error)
+
+            ahead = submit(slices[0]) if slices else []
+            for following in [*slices[1:], None][: len(slices)]:
+                current, ahead = [result(f) for f in ahead], submit(following) if following else []
+                bad = [k for k, canvas in enumerate(current) if canvas is None]
+                empty = torch.zeros(3, self.care["image_size"], self.care["image_size"], dtype=torch.uint8)
+                yield torch.stack([empty if canvas is None else canvas for canvas in current]), bad
 
     def _canvas(self, item) -> Tensor:
         if isinstance(item, Tensor):

@@ -88,7 +88,8 @@ def train(config: TrainConfig) -> dict:
         accelerator.init_trackers("care_hub", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
 
     log = Log(run, plan, start, config, accelerator)
-    save = lambda step: save_checkpoint(run, step, log.seconds + seconds, method, optimizer, accelerator)  # noqa: E731
+    writer = checkpoint.Writer(run / "checkpoints")
+    save = lambda step: save_checkpoint(writer, step, log.seconds + seconds, method, optimizer, accelerator)  # noqa: E731
     batches = training_batches(config, plan, data["train"], recipe, start, rank, processes)
     method.train()
     with Interrupt(enabled=processes == 1) as interrupt:
@@ -122,11 +123,13 @@ def train(config: TrainConfig) -> dict:
     log.close()
     if interrupt.asked:
         save(done)
+        writer.wait()
         raise CareHubError(f"stopped at step {done} of {plan.stop}; go on with --resume --run-name {run.name}.")
 
     save(plan.stop)
     results = closing(config, encoder, data, recipe, accelerator)
     seconds += log.seconds
+    writer.wait()
     images = plan.stop * config.batch_size * config.gradient_accumulation
     results |= {"training_seconds": round(seconds, 1), "images_per_second": round(images / seconds, 1)}
     if main:
@@ -196,11 +199,10 @@ def open_run(config: TrainConfig, main: bool) -> Path:
     return root / name
 
 
-def save_checkpoint(run: Path, step: int, seconds: float, method, optimizer, accelerator: Accelerator) -> None:
+def save_checkpoint(writer: checkpoint.Writer, step: int, seconds: float, method, optimizer, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         extra = {"seconds": seconds, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
-        checkpoint.save(run / "checkpoints", step, accelerator.unwrap_model(method).state_dict(), optimizer.state_dict(), extra)
-    accelerator.wait_for_everyone()
+        writer.save(step, accelerator.unwrap_model(method).state_dict(), optimizer.state_dict(), extra)
 
 
 def restore(run: Path, method, optimizer, accelerator: Accelerator) -> tuple[int, float]:

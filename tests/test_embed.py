@@ -1,16 +1,24 @@
 """`care-hub embed`: a folder becomes a table of embeddings."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import tracemalloc
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import run
 from safetensors import safe_open
 
 import care_hub
-from care_hub import cli
+from care_hub import cli, embeddings
+from care_hub.encoder import Encoder
 
 
 def embed(*words):
@@ -37,6 +45,75 @@ def test_the_installed_command_on_one_picture(tiny_run, photos, tmp_path):
     words = ("embed", picture, "--encoder", tiny_run / "export", "-o", tmp_path / "one.npy", "--space", "backbone")
     run("python", "-c", "from care_hub.cli import main; main()", *words)
     assert np.load(tmp_path / "one.npy").shape == (1, care_hub.load_encoder(tiny_run).backbone.num_features)
+
+
+def words_for(run, folder, output):
+    return [sys.executable, "-m", "care_hub", "embed", str(folder), "--encoder", str(run), "-o", str(output), "--batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def many(photos, tmp_path_factory):
+    """5,000 pictures, two parts."""
+    folder = tmp_path_factory.mktemp("many")
+    originals = sorted((photos / "test").rglob("*.png"))
+    for k in range(5000):
+        os.link(originals[k % len(originals)], folder / f"{k:05d}.png")
+    return folder
+
+
+def test_two_processes_write_what_one_reads(tiny_run, many, tmp_path):
+    words = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = run("python", *words, *words_for(tiny_run, many, tmp_path / "out.npy")[1:])
+    assert done.stdout.count("5,000 embeddings") == 1 and [p.name for p in tmp_path.iterdir()] == ["out.npy"]
+    expected = care_hub.load_encoder(tiny_run).encode(many)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5)
+
+
+def test_a_killed_command_goes_on_where_it_was(tiny_run, many, tmp_path):
+    output = tmp_path / "out.parquet"
+    process = subprocess.Popen(words_for(tiny_run, many, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "out.parquet.parts"
+    while not list(parts.glob("*.npy")) and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    whole = {p: p.stat().st_mtime_ns for p in parts.glob("*.npy")}
+    assert len(whole) == 1 and not output.exists()
+    marked = next(iter(whole))
+    np.save(marked, np.full_like(np.load(marked), 0.5))  # to see that it is not made again
+    assert embed(many, "--encoder", tiny_run, "-o", output).exit_code == 0
+    z = np.array(pq.read_table(output).to_pydict()["embedding"], dtype=np.float32)
+    assert len(z) == 5000 and (z == 0.5).all(axis=1).sum() == embeddings.PART and not parts.exists()
+    expected = care_hub.load_encoder(tiny_run).encode(many)
+    fresh = ~(z == 0.5).all(axis=1)
+    np.testing.assert_allclose(z[fresh], expected[fresh], atol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_embeddings(tiny_run, many, tmp_path, monkeypatch):
+    """A part at a time is held, on the way out too."""
+    monkeypatch.setattr(embeddings, "PART", 64)
+    held = []
+    monkeypatch.setattr(Encoder, "embed", lambda self, x, *_: torch.ones(len(x), 4096))
+    monkeypatch.setattr(Encoder, "_canvas", lambda self, item: torch.zeros(3, 1, 1, dtype=torch.uint8))
+    for suffix in ("npy", "safetensors", "parquet"):
+        tracemalloc.start()
+        assert embed(many, "--encoder", tiny_run, "-o", tmp_path / f"out.{suffix}", "--batch-size", "64").exit_code == 0
+        held.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(held) < 30 << 20  # all together are 78 MiB
+
+
+def test_broken_pictures_are_named_and_left_out_on_demand(tiny_run, photos, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(photos / "test", folder)
+    bad = sorted(folder.rglob("*.png"))[3]
+    bad.write_bytes(bad.read_bytes()[:40])
+    done = embed(folder, "--encoder", tiny_run, "-o", tmp_path / "out.npy")
+    assert done.exit_code == 1 and str(bad) in done.output and not (tmp_path / "out.npy").exists()
+    done = embed(folder, "--encoder", tiny_run, "-o", tmp_path / "out.npy", "--skip-broken-images")
+    assert done.exit_code == 0 and str(bad) in done.output and "15 embeddings" in done.output and "1 broken" in done.output
+    z = care_hub.load_encoder(tiny_run).encode([p for p in sorted(folder.rglob("*.png")) if p != bad])
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), z, atol=1e-6)
 
 
 @pytest.mark.parametrize(

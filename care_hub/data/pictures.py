@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,20 @@ from ..errors import CareHubError
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
-def files(folder: str | Path) -> list[Path]:
+def named(source: str | Path) -> tuple[list[str], list[str]]:
+    """The pictures of a folder, or the one picture, and their names relative to it."""
+    if not os.path.exists(source):
+        raise CareHubError(f"there is no file or folder '{source}'.")
+    if not os.path.isdir(source):
+        return [str(source)], [os.path.basename(source)]
+    found, above = files(source), len(os.path.join(source, ""))
+    return found, [path[above:] for path in found]
+
+
+def files(folder: str | Path) -> list[str]:
     """All pictures below `folder`, sorted by path."""
-    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    walk = ((parent, name) for parent, _, names in os.walk(folder) for name in names)
+    found = sorted(os.path.join(parent, name) for parent, name in walk if os.path.splitext(name)[1].lower() in SUFFIXES)
     if not found:
         raise CareHubError(f"there are no pictures in '{folder}' (looked for {', '.join(sorted(SUFFIXES))}).")
     return found

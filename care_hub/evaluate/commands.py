@@ -14,7 +14,7 @@ from .. import figures, hub, measures
 from ..config import EvalConfig
 from ..data import sources
 from ..data.sources import Images
-from ..distributed import use_all_cores
+from ..distributed import start
 from ..encoder import Encoder
 from ..errors import CareHubError
 from ..export import sha256
@@ -40,12 +40,6 @@ class Subject:
     def open(cls, source: str, device) -> "Subject":
         folder = locate(source)
         return cls(source, folder, Encoder.from_folder(folder).to(device), Path(source).is_dir())
-
-
-def start() -> Accelerator:
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    use_all_cores(accelerator.device)
-    return accelerator
 
 
 def load(encoder: Encoder, dataset: str, data_root: str | None, accelerator: Accelerator, **options) -> tuple[Images, Images]:

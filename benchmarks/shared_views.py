@@ -1,0 +1,100 @@
+"""Ways to draw one pair of views that serves InfoNCE and the Gram matrices at once: two passes of the encoder instead of four.
+
+    python benchmarks/shared_views.py                                      # every way, three seeds: over half an hour on two cores
+    python benchmarks/shared_views.py --only separate --only shared --seed 0
+
+Trains each on `shapes`, by the default recipe but for the options below, and shows means over the seeds. A run that is complete is
+not repeated. What was found is in the README.
+"""
+
+import json
+import statistics
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+
+from care_hub import augment, losses, trainer
+from care_hub.augment import Draw
+from care_hub.config import EvalConfig, TrainConfig
+from care_hub.evaluate.commands import evaluate
+
+SHOWN = ("knn_top1", "probe", "knn_color_top1", "rotation_invariance_ratio", "gram_deviation", "training_seconds")
+EQUIVARIANCE, MAKE_VIEWS = losses.equivariance, trainer.make_views
+
+
+def own(fields, config, draw, view):
+    """Drawn per group, but for `fields`, which every image has of its own."""
+    group, single = draw(config.equiv_splits, "group").repeat(config.batch_size // config.equiv_splits), draw(config.batch_size, "own")
+    return replace(group, **{name: getattr(single, name) for name in fields})
+
+
+def crossed(config, draw, view):
+    """Half as many draws as groups in each view, combined so that no two groups share both."""
+    group = torch.arange(config.batch_size) // (config.batch_size // config.equiv_splits)
+    half = config.equiv_splits // 2
+    return draw(half, "group").rows(group // 2 if view == 0 else group % 2 * (half // 2) + group // half)
+
+
+def every_second(config, draw, view):
+    """Every second image drawn by itself; the Gram matrices see only the others."""
+    part = config.batch_size // 2
+    both = Draw.join([draw(config.equiv_splits, "group").repeat(part // config.equiv_splits), draw(part, "own")])
+    return both.rows(torch.arange(config.batch_size).view(2, -1).T.flatten())
+
+
+SHARED = {"views": "shared"}
+WAYS = {  # name -> (options, how the parameters of a view are drawn if not as the package does)
+    "plain SimCLR": ({"weight": 0.0}, None),
+    "separate": ({}, None),
+    "shared": (SHARED, None),
+    "shared, 16 groups of 4": (SHARED | {"equiv_splits": 16, "weight": 3.5}, None),
+    "shared, 32 groups of 2": (SHARED | {"equiv_splits": 32, "weight": 10.5}, None),
+    "crop and flip per image": (SHARED, partial(own, ("box", "flip"))),
+    "jitter alone shared": (SHARED, partial(own, ("box", "flip", "grey", "sigma"))),
+    "groups re-drawn per view": (SHARED, crossed),
+    "every second image grouped": (SHARED, every_second),
+}
+
+
+def run(name: str, seed: int, root: Path, epochs: int) -> dict:
+    folder = root / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    changes, draws = WAYS[name]
+
+    def make_views(images, config, recipe, step, *_):
+        def draw(n, what, view):
+            return augment.draw(recipe, n, *images.shape[2:], augment.generator(config.seed, what, step, view))
+
+        views = [draws(config, partial(draw, view=view), view) for view in (0, 1)]
+        return (augment.apply(images.repeat(2, 1, 1, 1), Draw.join(views), recipe),)
+
+    if not (folder / "results.json").is_file():
+        trainer.make_views = make_views if draws else MAKE_VIEWS
+        losses.equivariance = (lambda a, b, g: EQUIVARIANCE(a[::2], b[::2], g)) if draws is every_second else EQUIVARIANCE
+        options = {"epochs": epochs, "weight_warmup_epochs": epochs} | changes
+        trainer.train(TrainConfig(seed=seed, save_root=str(root), run_name=folder.name, knn_every=0, **options))
+    results = json.loads((folder / "results.json").read_text())
+    if "probe" not in results:
+        results["probe"] = evaluate(EvalConfig(encoder=str(folder), dataset_name="shapes"))["top1"]
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+@click.command()
+@click.option("--only", multiple=True, type=click.Choice(list(WAYS)), help="default: all")
+@click.option("--seed", "seeds", multiple=True, type=int, default=(3, 4, 5), show_default=True)
+@click.option("--epochs", default=12, show_default=True)
+@click.option("--root", default="runs/shared", show_default=True, type=click.Path(path_type=Path))
+def main(only, seeds, epochs, root) -> None:
+    table = {name: [run(name, seed, root, epochs) for seed in seeds] for name in only or WAYS}
+    click.echo(f"{'':28}" + "".join(f"{name:>27}" for name in SHOWN))
+    for name, rows in table.items():
+        cells = ([row[key] for row in rows] for key in SHOWN)
+        texts = (f"{statistics.mean(v):.4g}" + (f" ± {statistics.stdev(v):.2g}" if len(v) > 1 else "") for v in cells)
+        click.echo(f"{name:28}" + "".join(f"{t:>27}" for t in texts))
+
+
+if __name__ == "__main__":
+    main()
