@@ -56,6 +56,13 @@ WAYS = {  # name -> (options, how the parameters of a view are drawn if not as t
     "jitter alone shared": (SHARED, partial(own, ("box", "flip", "grey", "sigma"))),
     "groups re-drawn per view": (SHARED, crossed),
     "every second image grouped": (SHARED, every_second),
+    "shared, weight 0.3": (SHARED | {"weight": 0.3}, None),
+    "shared, weight 0.001": (SHARED | {"weight": 0.001}, None),
+    "separate, 16 of 64": ({"equivariant_batch_size": 16, "equiv_splits": 2}, None),
+    "separate, 8 of 64": ({"equivariant_batch_size": 8, "equiv_splits": 1}, None),
+    "plain SimCLR, twice as long": ({"weight": 0.0, "epochs": 24}, None),
+    "shared, twice as long": (SHARED | {"epochs": 24}, None),
+    "every second, twice as long": (SHARED | {"epochs": 24}, every_second),
 }
 
 
@@ -73,7 +80,8 @@ def run(name: str, seed: int, root: Path, epochs: int) -> dict:
     if not (folder / "results.json").is_file():
         trainer.make_views = make_views if draws else MAKE_VIEWS
         losses.equivariance = (lambda a, b, g: EQUIVARIANCE(a[::2], b[::2], g)) if draws is every_second else EQUIVARIANCE
-        options = {"epochs": epochs, "weight_warmup_epochs": epochs} | changes
+        options = {"epochs": epochs} | changes
+        options["weight_warmup_epochs"] = options["epochs"]
         trainer.train(TrainConfig(seed=seed, save_root=str(root), run_name=folder.name, knn_every=0, **options))
     results = json.loads((folder / "results.json").read_text())
     if "probe" not in results:

@@ -111,6 +111,10 @@ def probe(encoder: Encoder, train: Images, test: Images, accelerator: Accelerato
     Raises CareHubError if the encoder is not the same to the last bit afterwards.
     """
     began, before = time.perf_counter(), encoder.fingerprint
+    chosen = [subset(train.labels, config.label_fraction, seed) for seed in range(config.seed, config.seed + config.seeds)]
+    if config.label_fraction < 1:  # the other pictures are not even looked at
+        seen = torch.cat(chosen).unique()
+        train, chosen = train.take(seen), [torch.searchsorted(seen, some) for some in chosen]
     x, x_test = (embed_all(encoder, images, accelerator, "backbone").float() for images in (train, test))
     copies = x[None]
     if config.augmented_copies:
@@ -119,9 +123,8 @@ def probe(encoder: Encoder, train: Images, test: Images, accelerator: Accelerato
         raise CareHubError("the encoder changed while its features were computed; a frozen encoder must not.")
     y, y_test = train.labels.to(x.device), test.labels.to(x.device)
     features_seconds, heads = time.perf_counter() - began, []
-    for seed in range(config.seed, config.seed + config.seeds):
+    for seed, some in enumerate((some.to(x.device) for some in chosen), config.seed):
         began, metrics = time.perf_counter(), {"protocol": config.protocol, "seed": seed}
-        some = subset(train.labels, config.label_fraction, seed).to(x.device)
         if config.protocol == "lbfgs":
             weight, bias, metrics["penalty"] = fit_best(x[some], y[some], len(train.class_names), seed)
         else:
