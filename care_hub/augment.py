@@ -86,19 +86,28 @@ def draw(recipe: Recipe, n: int, height: int, width: int, generator: torch.Gener
 
 
 def pair(
-    images: Tensor, recipe: Recipe, seed: int, step: int, stream: str, draws: int, rank: int = 0, processes: int = 1, cropped: bool = False
-) -> Tensor:
+    images: Tensor, recipe: Recipe, seed: int, step: int, stream: str, draws: int, rank: int = 0, processes: int = 1,
+    cropped: bool = False, stride: int = 1,
+) -> Tensor:  # fmt: skip
     """Two views of this process's part of a global batch: (b, 3, H, W) -> (2b, 3, size, size), first view first.
 
     The batch of all processes holds b * `processes` images; each of the `draws` augmentations of a view serves an equal
     number of consecutive ones. What is drawn depends on (seed, stream, step) and the position in the global batch only.
-    `cropped`: no crop here; the pictures have their size, and may be (b, 2, 3, size, size), cut for each view.
+    `cropped`: no crop here; the pictures have their size, and may be (b, 2, 3, size, size), cut for each view. `stride`: the draws
+    serve only every so many images, the others have each their own.
     """
-    share = len(images) * processes // draws
+    total = len(images) * processes
     mine = slice(rank * len(images), (rank + 1) * len(images))
     height, width = images.shape[-2:]
-    drawn = [draw(recipe, draws, height, width, generator(seed, stream, step, view)).repeat(share).rows(mine) for view in (0, 1)]
-    both = Draw.join(drawn)
+    views = []
+    for view in (0, 1):
+        drawn = draw(recipe, draws, height, width, generator(seed, stream, step, view)).repeat(total // stride // draws)
+        if stride > 1:
+            own = draw(recipe, total, height, width, generator(seed, stream, "own", step, view))
+            place = torch.arange(total)
+            drawn = Draw.join([drawn, own]).rows(torch.where(place % stride == 0, place // stride, total // stride + place))
+        views.append(drawn.rows(mine))
+    both = Draw.join(views)
     if cropped:
         both = replace(both, box=torch.tensor([[0, 0, height, width]]).expand(len(both.box), -1))
     pictures = images.transpose(0, 1).flatten(0, 1) if images.ndim == 5 else images.repeat(2, 1, 1, 1)

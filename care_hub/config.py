@@ -45,7 +45,10 @@ class TrainConfig:
         "group", "group: one draw per group; batch: one pair a step, as the public code does in effect", ("group", "batch")
     )
     views: str = option(
-        "separate", "separate: a second pair of views for equivariance; shared: one pair for both losses", ("separate", "shared")
+        "separate",
+        "separate: a second pair of views for equivariance; shared: one pair for both losses, drawn per group in that part "
+        "of the batch which --equivariant-batch-size gives, per image in the rest",
+        ("separate", "shared"),
     )
     queue_size: int | None = option(None, "MoCo: keys in the queue (default: 65,536, at most half the data set, a multiple of the batch)")
     momentum_encoder: float = option(0.99, "MoCo: momentum of the key encoder")
@@ -130,8 +133,6 @@ class TrainConfig:
 
     def _check_groups(self) -> None:
         part = self.equivariant_batch_size or self.batch_size
-        if self.views == "shared" and part != self.batch_size:
-            raise CareHubError("--views shared shows the whole batch to the equivariance loss; leave out --equivariant-batch-size.")
         if self.batch_size % part:
             near = nearest_divisor(self.batch_size, part)
             raise CareHubError(

@@ -18,13 +18,13 @@ class SimCLR(nn.Module):
 
     `weight` 0 is plain SimCLR (Chen et al. 2020); otherwise CARE: L = L_InfoNCE + weight * L_equi (Gupta et al. 2024).
     The two pairs go through the encoder one after the other, so the batch statistics behind InfoNCE are the same with
-    and without equivariance.
+    and without equivariance. Where one pair serves both losses, every `stride`-th image of it was drawn per group.
     """
 
-    def __init__(self, encoder: nn.Module, temperature: float, weight: float, groups: int, subtype: str = "infonce"):
+    def __init__(self, encoder: nn.Module, temperature: float, weight: float, groups: int, stride: int = 1, subtype: str = "infonce"):
         super().__init__()
         self.encoder = encoder
-        self.temperature, self.weight, self.groups, self.subtype = temperature, weight, groups, subtype
+        self.temperature, self.weight, self.groups, self.stride, self.subtype = temperature, weight, groups, stride, subtype
 
     def forward(self, views: Tensor, group_views: Tensor | None = None) -> dict[str, Tensor]:
         """`views`: (2b, 3, S, S), first view then second; `group_views` the same for the pair drawn per group, None if
@@ -32,7 +32,11 @@ class SimCLR(nn.Module):
         contrastive, pair = self.contrastive(views)
         equivariance = contrastive.new_zeros(())
         if self.weight:
-            pair = pair or self.embed(views) if group_views is None else self.embed(group_views)
+            if group_views is not None:
+                pair = self.embed(group_views)
+            else:
+                part = slice(None, None, self.stride)
+                pair = [z[part] for z in pair] if pair else self.embed(torch.cat([v[part] for v in views.chunk(2)]))
             equivariance = losses.equivariance(*pair, self.groups)
         return {"loss": contrastive + self.weight * equivariance, "infonce": contrastive, "equivariance": equivariance}
 
@@ -56,8 +60,10 @@ class MoCo(SimCLR):
     taken on the query encoder.
     """
 
-    def __init__(self, encoder: nn.Module, temperature: float, weight: float, groups: int, queue_size: int, momentum: float):
-        super().__init__(encoder, temperature, weight, groups)
+    def __init__(
+        self, encoder: nn.Module, temperature: float, weight: float, groups: int, stride: int, queue_size: int, momentum: float
+    ):  # fmt: skip
+        super().__init__(encoder, temperature, weight, groups, stride)
         self.momentum = momentum
         self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
         dim = encoder.care["projection"]["outputs"]

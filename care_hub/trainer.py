@@ -160,7 +160,8 @@ def load_data(config: TrainConfig, progress: bool) -> dict[str, sources.Images |
 
 
 def make_method(config: TrainConfig, encoder: Encoder, images: int) -> SimCLR:
-    arguments = (encoder, config.temperature, config.weight, config.equiv_splits)
+    stride = config.equivariance_stride if config.views == "shared" else 1
+    arguments = (encoder, config.temperature, config.weight, config.equiv_splits, stride)
     if config.method == "moco":
         return MoCo(*arguments, config.queue_for(images), config.momentum_encoder)
     return SimCLR(*arguments, config.loss_subtype)

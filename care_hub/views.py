@@ -30,7 +30,7 @@ def make_views(images, config: TrainConfig, recipe: augment.Recipe, step: int, r
     arguments = (recipe, config.seed, step)
     groups = config.equiv_splits if config.augmentation_scope == "group" else 1
     if config.weight and config.views == "shared":
-        return (augment.pair(first, *arguments, "shared", groups, rank, processes, cropped=cut),)
+        return (augment.pair(first, *arguments, "shared", groups, rank, processes, cropped=cut, stride=config.equivariance_stride),)
     views = augment.pair(first, *arguments, "contrastive", len(first) * processes, rank, processes, cropped=cut)
     if not config.weight:
         return (views,)
@@ -53,7 +53,8 @@ class Cutter:
         c = self.config
         per_group = c.batch_size // (c.equiv_splits if c.augmentation_scope == "group" else 1)
         if c.weight and c.views == "shared":
-            return self._cut(picture, "shared", step, place // per_group), []
+            alone = place % c.equivariance_stride
+            return self._cut(picture, *(("shared own", step, place) if alone else ("shared", step, place // per_group))), []
         contrastive = self._cut(picture, "contrastive", step, place)
         if not c.weight or place % c.equivariance_stride:
             return contrastive, []

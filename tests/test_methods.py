@@ -28,20 +28,23 @@ def test_simclr_is_info_nce_plus_weighted_equivariance(encoder):
     torch.testing.assert_close(found["loss"], losses.info_nce(z1, z2, 0.5) + 0.3 * losses.equivariance(w1, w2, 4))
     shared = SimCLR(encoder, 0.5, 0.3, 4)(views())
     torch.testing.assert_close(shared["equivariance"], losses.equivariance(z1, z2, 4))
+    half = SimCLR(encoder, 0.5, 0.3, 2, stride=2)(views())
+    torch.testing.assert_close(half["equivariance"], losses.equivariance(z1[::2], z2[::2], 2))
+    assert torch.equal(half["infonce"], found["infonce"])
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco"])
 def test_group_views_change_nothing_in_the_contrastive_part(encoder, method):
     def first(weight):
         torch.manual_seed(0)
-        m = SimCLR(encoder, 0.5, weight, 4) if method == "simclr" else MoCo(encoder, 0.5, weight, 4, 16, 0.9)
+        m = SimCLR(encoder, 0.5, weight, 4) if method == "simclr" else MoCo(encoder, 0.5, weight, 4, 1, 16, 0.9)
         return m(views(), views(seed=1) if weight else None)["infonce"]
 
     assert torch.equal(first(0.0), first(0.3))
 
 
 def test_moco_scores_before_it_enqueues_and_wraps_around(encoder):
-    moco = MoCo(encoder, 0.2, 0.0, 4, queue_size=16, momentum=0.9)
+    moco = MoCo(encoder, 0.2, 0.0, 4, 1, queue_size=16, momentum=0.9)
     before = moco.queue.clone()
     q, k = encoder(views()[:8]), moco.key_encoder(views()[8:])
     moco.key_encoder.load_state_dict(encoder.state_dict())
@@ -58,7 +61,7 @@ def test_moco_scores_before_it_enqueues_and_wraps_around(encoder):
 
 
 def test_the_key_encoder_follows_once_a_step(encoder):
-    moco = MoCo(encoder, 0.2, 0.0, 4, queue_size=16, momentum=0.75)
+    moco = MoCo(encoder, 0.2, 0.0, 4, 1, queue_size=16, momentum=0.75)
     old = encoder.backbone.conv1.weight.detach().clone()
     with torch.no_grad():
         encoder.backbone.conv1.weight.add_(1)

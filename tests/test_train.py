@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from care_hub import augment, checkpoint, cli, trainer
 from care_hub.config import Plan, TrainConfig, lr_at, weight_at
 from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
-from care_hub.views import make_views, order
+from care_hub.views import Cutter, make_views, order
 
 
 def test_a_run_leaves_all_that_was_promised(tiny_run):
@@ -129,6 +130,23 @@ def test_weight_zero_computes_no_equivariance_views():
     assert len(plain) == 1 and torch.equal(plain[0], views[0])  # and the same contrastive views in both arms
     shared = TrainConfig(batch_size=8, equiv_splits=2, views="shared")
     assert len(make_views(images, shared, augment.Recipe(), 0, 0, 1)) == 1
+
+
+def test_shared_views_are_drawn_per_group_in_part_of_the_batch_and_per_image_in_the_rest():
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).expand(16, -1, -1, -1)
+    config = TrainConfig(batch_size=16, equiv_splits=2, equivariant_batch_size=8, views="shared")
+    recipe = augment.Recipe(jitter_p=1.0)
+    (views,) = make_views(images, config, recipe, 0, 0, 1)
+    for view in views.chunk(2):
+        kinds = [view[0::2][:4], view[0::2][4:]]
+        assert all(torch.allclose(k, k[:1].expand_as(k), atol=1e-6) for k in kinds) and not torch.allclose(kinds[0], kinds[1])
+        assert len(view.flatten(1).round(decimals=3).unique(dim=0)) == 8 + 2
+    halves = [make_views(images[:8], config, recipe, 0, rank, 2)[0].chunk(2) for rank in (0, 1)]
+    torch.testing.assert_close(views, torch.cat([torch.cat(pair) for pair in zip(*halves, strict=True)]))
+    cutter = Cutter(config, replace(recipe, flip=0.0), 1.0)
+    picture = Image.fromarray(torch.randint(0, 256, (60, 50, 3), dtype=torch.uint8).numpy())
+    crops = [cutter(picture, 0, place)[0][0].tobytes() for place in range(16)]
+    assert len(set(crops[0::2][:4])) == len(set(crops[0::2][4:])) == 1 and len(set(crops)) == 10
 
 
 def test_one_draw_per_batch_as_the_public_code_does():
