@@ -4,9 +4,9 @@
     python benchmarks/throughput.py --model resnet50_cifar --batch 1024 --precision bf16 --steps 20 -o results/throughput.json
 
 All cases are stepped in turn in one process, so that a noisy machine is noisy for all; medians. Beside ours: "floor", a bare forward
-and backward pass of the network on random data (two views and four); "published", the work of the public code's step written
-plainly (four fp32 forward passes of NCHW views made beforehand, backward, Adam); lightly's SimCLR step, if it is
-installed. `other` is the share of a step that is neither forward nor backward pass.
+and backward pass of the network on random data, two views at a time (also all four at once, and in NCHW layout); "published", the
+work of the public code's step written plainly (four fp32 forward passes of NCHW views made beforehand, backward, Adam); lightly's
+SimCLR step, if it is installed. `other` is the share of a step that is neither forward nor backward pass.
 """
 
 import json
@@ -35,8 +35,17 @@ CASES = {
     "CARE": {},
     "CARE, shared views": {"views": "shared"},
     "CARE, half of the batch": {"equivariant_batch_size": 0.5},
+    "CARE, half of the batch shared": {"equivariant_batch_size": 0.5, "views": "shared"},
     "MoCo": {"weight": 0.0, "method": "moco"},
 }
+FLOORS = {
+    "floor, 2 views": {"views": 2},
+    "floor, 4 views": {"views": 4},
+    "floor, 4 views at once": {"views": 4, "at_once": 4},
+    "floor, 4 views, NCHW": {"views": 4, "nchw": True},
+}
+# How often a view goes through the network, of which a third is the forward pass; MoCo's keys have no other.
+PASSES = {"CARE": 4, "CARE, half of the batch": 3, "MoCo": 4 / 3, "published": 4}
 
 
 class Clock:
@@ -95,17 +104,22 @@ class Ours:
 
 
 class Floor:
-    """The network alone: `passes` forward passes of a view of the batch, and their backward pass."""
+    """The network alone: forward passes of `views` views of the batch, `at_once` a time, and one backward pass."""
 
-    def __init__(self, model: str, size: int, batch: int, passes: int, device: torch.device, precision: str):
-        self.encoder, self.device = Encoder.new(model, size).to(device).train(), device
-        self.views = torch.randn(passes // 2, 2 * batch, 3, size, size, device=device)
+    def __init__(
+        self, model: str, size: int, batch: int, device: torch.device, precision: str, views: int, at_once: int = 2, nchw: bool = False
+    ):
+        self.device, self.nchw = device, nchw
+        layout = torch.contiguous_format if nchw else torch.channels_last
+        self.encoder = Encoder.new(model, size).to(device, memory_format=layout).train()
+        self.views = torch.randn(views // at_once, at_once * batch, 3, size, size, device=device)
         self.autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
     def step(self, k: int) -> dict[str, float]:
         clock = Clock(self.device)
         with self.autocast:
-            loss = sum(self.encoder(view).sum() for view in self.views)
+            features = self.encoder.backbone if self.nchw else self.encoder.features
+            loss = sum(F.normalize(self.encoder.projection(features(view)).float(), dim=1).sum() for view in self.views)
         clock.lap("forward")
         loss.backward()
         clock.lap("backward")
@@ -199,9 +213,9 @@ def main(model, size, batch, groups, optimizer, precision, compiled, steps, only
             changes = {k: int(v * batch) if k == "equivariant_batch_size" else v for k, v in changes.items()}
             changes |= {"equiv_splits": groups // 2} if "equivariant_batch_size" in changes else {}
             cases[name] = Ours(replace(common, **changes), size, device, precision, compiled)
-    for passes in (2, 4):
-        if wanted(f"floor, {passes} views"):
-            cases[f"floor, {passes} views"] = Floor(model, size, batch, passes, device, precision)
+    for name, how in FLOORS.items():
+        if wanted(name):
+            cases[name] = Floor(model, size, batch, device, precision, **how)
     if wanted("published"):
         cases["published"] = Published(model, size, batch, groups, device)
     if wanted("lightly SimCLR"):
@@ -230,8 +244,7 @@ def main(model, size, batch, groups, optimizer, precision, compiled, steps, only
     for name, laps in rows.items():
         total = statistics.median(sum(lap.values()) for lap in laps)
         phases = {phase: statistics.median(lap[phase] for lap in laps) for phase in PHASES}
-        views = 2 if name in ("SimCLR", "CARE, shared views", "floor, 2 views", "lightly SimCLR") else 3 if name != "CARE" else 4
-        views = {"floor, 4 views": 4, "published": 4, "MoCo": 4 / 3}.get(name, views)  # a key is a forward pass only
+        views = FLOORS[name]["views"] if name in FLOORS else PASSES.get(name, 2)
         report["cases"][name] = {
             "images_per_second": batch / total, "seconds": phases, "other": 1 - (phases["forward"] + phases["backward"]) / total,
             "of_peak": views * batch * work / total / peak,
@@ -243,11 +256,11 @@ def main(model, size, batch, groups, optimizer, precision, compiled, steps, only
     peak_memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     report["peak_memory_gib"] = peak_memory / 2**30
     click.echo(f"{report['device']}, {threads} threads, {precision}, peak {peak / 1e12:.2f} TFLOP/s; {model}, {size} px, batch {batch}")
-    click.echo(f"{'':26}{'images/s':>9}{'x SimCLR':>9}{'other':>7}{'of peak':>8}  " + "".join(f"{p:>13}" for p in PHASES) + "  (ms)")
+    click.echo(f"{'':32}{'images/s':>9}{'x SimCLR':>9}{'other':>7}{'of peak':>8}  " + "".join(f"{p:>13}" for p in PHASES) + "  (ms)")
     for name, case in report["cases"].items():
         ratio = f"{case['of_simclr']:.2f}" if "of_simclr" in case else ""
         laps = "".join(f"{1000 * s:>13.1f}" for s in case["seconds"].values())
-        click.echo(f"{name:26}{case['images_per_second']:>9.1f}{ratio:>9}{case['other']:>7.1%}{case['of_peak']:>8.1%}  {laps}")
+        click.echo(f"{name:32}{case['images_per_second']:>9.1f}{ratio:>9}{case['other']:>7.1%}{case['of_peak']:>8.1%}  {laps}")
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(json.dumps(report, indent=2) + "\n")

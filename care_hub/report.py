@@ -20,7 +20,9 @@ def plan(config: TrainConfig, plan: Plan, encoder: Encoder, data: dict, processe
         f"{config.label}{groups}{queue} · {config.model} ({million:.1f} M parameters) · {config.dataset_name}, "
         f"{len(data['train']):,} images at {encoder.care['image_size']} px",
         f"{plan.stop:,} steps of {config.batch_size} images{micro} ({plan.stop / plan.steps_per_epoch:.1f} epochs) on "
-        f"{processes} x {where}, precision {precision}",
+        f"{processes} x {where}",
+        f"precision {precision}, channels_last, {'' if config.optimizer == 'lars' else 'fused '}{config.optimizer}"
+        f"{', compiled' if config.compile else ''}, pictures {held_or_not(data['train'])}",
     ]
     for split, images in data.items():
         if images is not None and images.skipped:
@@ -35,6 +37,10 @@ def plan(config: TrainConfig, plan: Plan, encoder: Encoder, data: dict, processe
             f"about {memory_guess(config, encoder, share, precision) / 2**30:.1f} GiB per process for the step (a guess)",
         ]
     return "\n".join(lines)
+
+
+def held_or_not(images) -> str:
+    return "held in memory" if images.held is not None else f"decoded by {images.workers} loader processes"
 
 
 def memory_guess(config: TrainConfig, encoder: Encoder, images: int, precision: str) -> float:
