@@ -108,7 +108,10 @@ class Parts:
         return f"{len(names):,} embeddings of {dim} numbers in {path}{left_out}"
 
     def _load(self, k: int) -> np.ndarray:
-        return np.load(self.file(k), allow_pickle=False)
+        try:
+            return np.load(self.file(k), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise CareHubError(f"the part '{self.file(k)}' is damaged; remove it and type the same command again.") from error
 
 
 def _write_parquet(file, names: list[str], dim: int, arrays: Iterator[np.ndarray], about: dict[str, str]) -> None:

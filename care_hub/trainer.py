@@ -177,7 +177,7 @@ def make_optimizer(config: TrainConfig, method: torch.nn.Module) -> torch.optim.
     if config.optimizer == "lars":
         return Lars(parameters, **common)
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    return kinds[config.optimizer](parameters, fused=parameters[0].device.type in ("cpu", "cuda"), **common)
+    return kinds[config.optimizer](parameters, fused=True, **common)
 
 
 def open_run(config: TrainConfig, main: bool) -> Path:

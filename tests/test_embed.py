@@ -80,6 +80,11 @@ def test_a_killed_command_goes_on_where_it_was(tiny_run, many, tmp_path):
     whole = {p: p.stat().st_mtime_ns for p in parts.glob("*.npy")}
     assert len(whole) == 1 and not output.exists()
     marked = next(iter(whole))
+    content = marked.read_bytes()
+    marked.write_bytes(content[: len(content) // 2])
+    done = embed(many, "--encoder", tiny_run, "-o", output)
+    assert done.exit_code == 1 and f"'{marked}' is damaged" in done.output and not output.exists()
+    marked.write_bytes(content)
     np.save(marked, np.full_like(np.load(marked), 0.5))  # to see that it is not made again
     assert embed(many, "--encoder", tiny_run, "-o", output).exit_code == 0
     z = np.array(pq.read_table(output).to_pydict()["embedding"], dtype=np.float32)
