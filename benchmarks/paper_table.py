@@ -2,6 +2,7 @@
 
     python benchmarks/paper_table.py                                                            # shapes, three seeds
     python benchmarks/paper_table.py --recipe cifar10_small --seed 0 --seed 1 --data-root CIFAR10
+    python benchmarks/paper_table.py --recipe shapes_moco --weight 0.1 --weight 0.2      # any recipe, several lambdas
 
 Goes on where it was stopped: a run with results.json is not trained again, an evaluation that is recorded is not repeated. The
 arms of a recipe are the same command but for --weight 0 and, for as much time as CARE takes, more --epochs.
@@ -17,9 +18,10 @@ from pathlib import Path
 
 import click
 import torch
-import yaml
 
 from care_hub import trainer
+from care_hub.cli import resolve
+from care_hub.config import TrainConfig
 from care_hub.evaluate import record
 
 ROOT = Path(__file__).parents[1]
@@ -45,16 +47,20 @@ ROWS = {  # measure -> (title, digits, better: 1 larger, -1 smaller)
 }
 
 
-def arms_of(recipe: dict) -> dict[str, tuple[str, list[str]]]:
+def arms_of(recipe: TrainConfig, weights: tuple[float, ...]) -> dict[str, tuple[str, list[str]]]:
     """title -> (name of its runs, flags): CARE, its twin, and the twin for as many passes of the encoder as CARE's epochs take."""
-    part = (recipe.get("equivariant_batch_size") or recipe["batch_size"]) / recipe["batch_size"]
-    longer = math.ceil(recipe["epochs"] * (1 + part))
-    plain = ["--weight", "0"]
-    return {
-        f"CARE, {recipe['epochs']} epochs": ("care", []),
-        f"λ = 0, {recipe['epochs']} epochs": ("plain", plain),
-        f"λ = 0, {longer} epochs": ("longer", [*plain, "--epochs", str(longer)]),
-    }
+    more = 0 if recipe.views == "shared" else 1 / recipe.equivariance_stride
+    longer, plain = math.ceil(recipe.epochs * (1 + more)), ["--weight", "0"]
+    arms = {f"CARE, λ = {w:g}, {recipe.epochs} epochs": (f"care-{w:g}", ["--weight", str(w)]) for w in weights}
+    arms = arms or {f"CARE, {recipe.epochs} epochs": ("care", [])}
+    arms[f"λ = 0, {recipe.epochs} epochs"] = ("plain", plain)
+    if longer > recipe.epochs:
+        arms[f"λ = 0, {longer} epochs"] = ("longer", [*plain, "--epochs", str(longer)])
+    return arms
+
+
+def recipe_file(recipe: str) -> Path:
+    return ROOT / "recipes" / f"{recipe}.yaml"
 
 
 def command(*words) -> None:
@@ -64,12 +70,12 @@ def command(*words) -> None:
 
 def prepare(recipe: str, run: Path, seed: int, flags: list[str], data: list[str]) -> None:
     """Train and evaluate what is not there yet."""
-    file = ROOT / "recipes" / f"{recipe}.yaml"
+    file = recipe_file(recipe)
     if not (run / "results.json").is_file():
         resume = ["--resume"] if (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir()) else []
         place = ["--save-root", run.parent, "--run-name", run.name]
         command(ROOT / "train.py", "--config", file, "--seed", seed, *place, *flags, *resume, *data)
-    dataset = yaml.safe_load(file.read_text())["dataset_name"]
+    dataset = resolve({}, str(file)).dataset_name
     on = ["--dataset-name", dataset, *data]
     known = record.read(run / "export")
     done = known.get("accuracy", {}).get(dataset, {})
@@ -144,17 +150,18 @@ def write_readme() -> None:
 @click.command()
 @click.option("--recipe", default="shapes", show_default=True, help="a file in recipes/, without .yaml")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
+@click.option("--weight", "weights", multiple=True, type=float, help="lambdas to compare (default: the recipe's)")
 @click.option("--root", default="runs/paper", show_default=True, help="where the runs are kept")
 @click.option("--data-root")
-def main(recipe: str, seeds: tuple[int, ...], root: str, data_root: str | None) -> None:
+def main(recipe: str, seeds: tuple[int, ...], weights: tuple[float, ...], root: str, data_root: str | None) -> None:
     data = ["--data-root", str(Path(data_root).absolute())] if data_root else []
-    settings, arms = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text()), {}
-    for title, (name, flags) in arms_of(settings).items():
+    settings, arms = resolve({}, str(recipe_file(recipe))), {}
+    for title, (name, flags) in arms_of(settings, weights).items():
         runs = [Path(root).absolute() / f"{recipe}-{name}-{seed}" for seed in seeds]
         for seed, run in zip(seeds, runs, strict=True):
             prepare(recipe, run, seed, flags, data)
         arms[title] = [measured(run) for run in runs]
-    about = f"{settings['model']}, batch {settings['batch_size']}, {hardware()}, precision {trainer.precision('auto')}"
+    about = f"{settings.model}, batch {settings.batch_size}, {hardware()}, precision {trainer.precision('auto')}"
     summary = {"recipe": recipe, "settings": about, "seeds": len(seeds), "arms": arms}
     (ROOT / "results").mkdir(exist_ok=True)
     (ROOT / "results" / f"{recipe}.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
