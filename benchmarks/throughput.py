@@ -246,7 +246,7 @@ def main(model, size, batch, groups, optimizer, precision, compiled, steps, only
         phases = {phase: statistics.median(lap[phase] for lap in laps) for phase in PHASES}
         views = FLOORS[name]["views"] if name in FLOORS else PASSES.get(name, 2)
         report["cases"][name] = {
-            "images_per_second": batch / total, "seconds": phases, "other": 1 - (phases["forward"] + phases["backward"]) / total,
+            "images_per_second": batch / total, "seconds": phases, "other": statistics.median(1 - (lap["forward"] + lap["backward"]) / sum(lap.values()) for lap in laps),
             "of_peak": views * batch * work / total / peak,
         }  # fmt: skip
         if "SimCLR" in rows and name.startswith("CARE"):
