@@ -245,8 +245,9 @@ def main(model, size, batch, groups, optimizer, precision, compiled, steps, only
         total = statistics.median(sum(lap.values()) for lap in laps)
         phases = {phase: statistics.median(lap[phase] for lap in laps) for phase in PHASES}
         views = FLOORS[name]["views"] if name in FLOORS else PASSES.get(name, 2)
+        other = statistics.median(1 - (lap["forward"] + lap["backward"]) / sum(lap.values()) for lap in laps)
         report["cases"][name] = {
-            "images_per_second": batch / total, "seconds": phases, "other": statistics.median(1 - (lap["forward"] + lap["backward"]) / sum(lap.values()) for lap in laps),
+            "images_per_second": batch / total, "seconds": phases, "other": other,
             "of_peak": views * batch * work / total / peak,
         }  # fmt: skip
         if "SimCLR" in rows and name.startswith("CARE"):
