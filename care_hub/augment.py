@@ -54,6 +54,7 @@ class Draw:
 
     @classmethod
     def join(cls, draws: list["Draw"]) -> "Draw":
+        """The rows of all `draws`, one after the other."""
         return cls(*(torch.cat([getattr(d, f.name) for d in draws]) for f in dataclasses.fields(cls)))
 
 

@@ -123,12 +123,15 @@ class Encoder(nn.Module):
     ) -> Iterator[np.ndarray]:  # fmt: skip
         """What `encode` gives, one (batch_size, d) array after the other, so that memory does not grow with the number of images.
 
-        `broken`: called with the error of a picture that can't be decoded, whose row is NaN then; by default it is raised.
+        `broken`: called with the error of a picture that can't be decoded, whose row is NaN then; by default it is raised. Raises
+        CareHubError too where the encoder itself gives NaN.
         """
         if batch_size < 1:
             raise CareHubError(f"batch_size must be at least 1, got {batch_size}.")
         for batch, bad in self._batches(_items(images), batch_size, broken):
             z = self.embed(batch, space, dtype).cpu().numpy()
+            if np.isnan(z).any():
+                raise CareHubError("the encoder gives NaN; its weights are damaged, or the numbers are too large for this dtype.")
             z[bad] = np.nan
             yield z
 
