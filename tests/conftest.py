@@ -115,5 +115,5 @@ def metrics(run_folder: Path) -> list[dict]:
 def tiny_run(tmp_path_factory) -> Path:
     """The run folder of a few CARE steps on `shapes`."""
     root = tmp_path_factory.mktemp("runs")
-    train_here(root, "--max-steps", "6", "--run-name", "tiny", "--knn-every", "1", "--mixed-precision", "no")  # the same everywhere
+    train_here(root, "--max-steps", "6", "--run-name", "tiny", "--knn-every", "1")
     return root / "tiny"
