@@ -1,11 +1,12 @@
-"""CARE against its lambda = 0 twin: trains a grid from recipes, evaluates every run, writes results/<recipe>.json and README's tables.
+"""CARE against its λ = 0 twin, as tables in README and numbers in results/<recipe>.json.
 
-    python benchmarks/paper_table.py                                                            # shapes, three seeds
+    python benchmarks/paper_table.py                                         # shapes, three seeds
     python benchmarks/paper_table.py --recipe cifar10_small --seed 0 --seed 1 --data-root CIFAR10
-    python benchmarks/paper_table.py --recipe shapes_moco --weight 0.1 --weight 0.2      # any recipe, several lambdas
+    python benchmarks/paper_table.py --recipe shapes_moco --weight 0.1 --weight 0.2
 
-Goes on where it was stopped: a run with results.json is not trained again, an evaluation that is recorded is not repeated. The
-arms of a recipe are the same command but for --weight 0 and, for as much time as CARE takes, more --epochs.
+Trains and evaluates every run of a grid; resumes where it was interrupted, since nothing that is recorded
+is done again. The arms of a recipe are the same command but for `--weight 0` and, for as much time as CARE
+takes, more `--epochs`.
 """
 
 import json
@@ -14,157 +15,217 @@ import platform
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
-from care_hub import trainer
-from care_hub.cli import resolve
-from care_hub.config import TrainConfig
-from care_hub.evaluate import record
+from care_hub.config import TrainConfig, read_yaml
+from care_hub.hub.evaluation_record import read_record
+from care_hub.metrics import METRICS
+from care_hub.training import trainer
 
 ROOT = Path(__file__).parents[1]
-FEW = (0.01, 0.1)
+LABEL_FRACTIONS = (0.01, 0.1)
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-ROWS = {  # measure -> (title, digits, better: 1 larger, -1 smaller)
-    "label_probe": ("linear probe, label, %", 1, 1),
-    "label_probe_10": ("same with 10 % of the labels", 1, 1),
-    "label_probe_1": ("same with 1 % of the labels", 1, 1),
-    "label_knn": ("kNN, label, %", 1, 1),
-    "label_projection": ("label, read linearly from the projection, %", 1, 1),
-    "color_backbone": ("color, read linearly from the backbone, %", 1, 1),
-    "color_projection": ("color, read linearly from the projection, %", 1, 1),
-    "hue_projection": ("mean hue, read linearly from the projection, R²", 3, 1),
-    "saturation_projection": ("mean saturation, the same", 3, 1),
-    "brightness_projection": ("mean brightness, the same", 3, 1),
-    "ratio": ("rotation error / invariance error", 3, -1),
-    "gram": ("Gram deviation", 4, -1),
-    "hit": ("augmented picture found by R f(x), %", 1, 1),
-    "hit_unrotated": ("the same by f(x), %", 1, 0),
-    "training_minutes": ("minutes of training", 1, 0),
-    "images_per_second": ("images per second", 0, 0),
-}
 
 
-def arms_of(recipe: TrainConfig, weights: tuple[float, ...]) -> dict[str, tuple[str, list[str]]]:
-    """title -> (name of its runs, flags): CARE, its twin, and the twin for as many passes of the encoder as CARE's epochs take."""
+@dataclass(frozen=True)
+class Row:
+    """A row of the table."""
+
+    name: str  # in results/<recipe>.json
+    metric: str  # in METRICS: which values are better
+    digits: int
+    title: str = ""  # where that of the metric does not say enough
+
+    @property
+    def heading(self) -> str:
+        metric = METRICS[self.metric]
+        return self.title or f"{metric.title}, {metric.unit}".removesuffix(", ")
+
+    @property
+    def sign(self) -> int:
+        """1 where higher values are better, -1 where lower ones are, 0 where neither is."""
+        return {"higher": 1, "lower": -1, "": 0}[METRICS[self.metric].better]
+
+
+ROWS = (
+    Row("label_probe", "top1", 1, "linear probe, label, %"),
+    Row("label_probe_10", "top1", 1, "same with 10 % of the labels"),
+    Row("label_probe_1", "top1", 1, "same with 1 % of the labels"),
+    Row("label_knn", "knn_top1", 1),
+    Row("label_projection", "label", 1, "label, attribute probe of the projection, %"),
+    Row("color_backbone", "color", 1, "color, attribute probe of the backbone, %"),
+    Row("color_projection", "color", 1, "color, attribute probe of the projection, %"),
+    Row("hue_projection", "hue", 3, "mean hue, attribute probe of the projection, R²"),
+    Row("saturation_projection", "saturation", 3, "mean saturation, the same"),
+    Row("brightness_projection", "brightness", 3, "mean brightness, the same"),
+    Row("ratio", "rotation_invariance_ratio", 3),
+    Row("gram", "gram_deviation", 4),
+    Row("hit", "hit_at_1", 1),
+    Row("hit_unrotated", "hit_at_1_unrotated", 1),
+    Row("training_minutes", "training_seconds", 1, "minutes of training"),
+    Row("images_per_second", "images_per_second", 0),
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One column of the table."""
+
+    title: str
+    name: str  # in those of its runs
+    flags: tuple[str, ...]
+
+
+def arms_of(recipe: TrainConfig, weights: tuple[float, ...]) -> list[Arm]:
+    """CARE, its twin, and the twin for as many passes of the encoder as CARE's epochs take."""
+    epochs = f"{recipe.epochs} epochs"
+    arms = [Arm(f"CARE, λ = {w:g}, {epochs}", f"care-{w:g}", ("--weight", str(w))) for w in weights]
+    arms = arms or [Arm(f"CARE, {epochs}", "care", ())]
+    arms.append(Arm(f"λ = 0, {epochs}", "plain", ("--weight", "0")))
     more = 0 if recipe.views == "shared" else 1 / recipe.equivariance_stride
-    longer, plain = math.ceil(recipe.epochs * (1 + more)), ["--weight", "0"]
-    arms = {f"CARE, λ = {w:g}, {recipe.epochs} epochs": (f"care-{w:g}", ["--weight", str(w)]) for w in weights}
-    arms = arms or {f"CARE, {recipe.epochs} epochs": ("care", [])}
-    arms[f"λ = 0, {recipe.epochs} epochs"] = ("plain", plain)
+    longer = math.ceil(recipe.epochs * (1 + more))
     if longer > recipe.epochs:
-        arms[f"λ = 0, {longer} epochs"] = ("longer", [*plain, "--epochs", str(longer)])
+        flags = ("--weight", "0", "--epochs", str(longer))
+        arms.append(Arm(f"λ = 0, {longer} epochs", "longer", flags))
     return arms
 
 
-def recipe_file(recipe: str) -> Path:
-    return ROOT / "recipes" / f"{recipe}.yaml"
-
-
-def command(*words) -> None:
+def run_command(*words: object) -> None:
     click.echo("+ " + " ".join(map(str, words)), err=True)
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, *map(str, words)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def prepare(recipe: str, run: Path, seed: int, flags: list[str], data: list[str]) -> None:
-    """Train and evaluate what is not there yet."""
-    file = recipe_file(recipe)
-    if not (run / "results.json").is_file():
-        resume = ["--resume"] if (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir()) else []
-        place = ["--save-root", run.parent, "--run-name", run.name]
-        command(ROOT / "train.py", "--config", file, "--seed", seed, *place, *flags, *resume, *data)
-    dataset = resolve({}, str(file)).dataset_name
+def train(recipe_file: Path, run: Path, seed: int, flags: tuple[str, ...], data: list[str]) -> None:
+    """Train `run`, or resume it, unless it is finished."""
+    if (run / "results.json").is_file():
+        return
+    begun = (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir())
+    place = ["--save-root", run.parent, "--run-name", run.name, *(["--resume"] if begun else [])]
+    run_command(ROOT / "train.py", "--config", recipe_file, "--seed", seed, *place, *flags, *data)
+
+
+def evaluate(dataset: str, run: Path, data: list[str]) -> None:
+    """Make those evaluations of `run` that are not recorded."""
     on = ["--dataset-name", dataset, *data]
-    known = record.read(run / "export")
-    done = known.get("accuracy", {}).get(dataset, {})
+    record = read_record(run / "export")
+    done = record.get("accuracy", {}).get(dataset, {})
+    probe = [ROOT / "eval_linear.py", "--encoder", run, *on]
     if "linear probe" not in done:
-        command(ROOT / "eval_linear.py", "--encoder", run, *on)
-    for fraction in FEW:
-        if f"linear probe, {100 * fraction:g} % of the labels" not in done:
-            command(ROOT / "eval_linear.py", "--encoder", run, *on, "--label-fraction", fraction, "--seeds", 3)
+        run_command(*probe)
+    for fraction in LABEL_FRACTIONS:
+        if few_labels(fraction) not in done:
+            run_command(*probe, "--label-fraction", fraction, "--seeds", 3)
     if "kNN" not in done:
-        command("-c", "from care_hub.cli import main; main()", "knn", run, *on)
-    if dataset not in known.get("equivariance", {}):
-        command("-c", "from care_hub.cli import main; main()", "equivariance", run, *on)
+        run_command("-m", "care_hub", "knn", run, *on)
+    if dataset not in record.get("equivariance", {}):
+        run_command("-m", "care_hub", "equivariance", run, *on)
+
+
+def few_labels(fraction: float) -> str:
+    """The name under which a linear probe on `fraction` of the labels is recorded."""
+    return f"linear probe, {100 * fraction:g} % of the labels"
 
 
 def measured(run: Path) -> dict[str, float]:
     """The figures of one run, by the names in ROWS, from its own files."""
-    results, known = json.loads((run / "results.json").read_text()), record.read(run / "export")
-    (dataset,) = known["equivariance"]
-    accuracy, geometry = known["accuracy"][dataset], known["equivariance"][dataset]
-    full, kept = geometry["families"]["full recipe"], geometry["kept"]
+    results = json.loads((run / "results.json").read_text())
+    record = read_record(run / "export")
+    (dataset,) = record["equivariance"]
+    accuracy, equivariance = record["accuracy"][dataset], record["equivariance"][dataset]
+    recipe = equivariance["families"]["full recipe"]
     values = {
-        "label_probe": accuracy["linear probe"]["top1"], "label_knn": accuracy["kNN"]["top1"],
-        "ratio": full["rotation_invariance_ratio"][0], "gram": full["gram_deviation"][0],
-        "hit": full["hit_at_1"][0], "hit_unrotated": full["hit_at_1_unrotated"][0], "training_minutes": results["training_seconds"] / 60,
+        "label_probe": accuracy["linear probe"]["top1"],
+        "label_knn": accuracy["kNN"]["top1"],
+        "ratio": recipe["rotation_invariance_ratio"][0],
+        "gram": recipe["gram_deviation"][0],
+        "hit": recipe["hit_at_1"][0],
+        "hit_unrotated": recipe["hit_at_1_unrotated"][0],
+        "training_minutes": results["training_seconds"] / 60,
         "images_per_second": results["images_per_second"],
-    }  # fmt: skip
-    values |= {f"label_probe_{100 * f:g}": accuracy[f"linear probe, {100 * f:g} % of the labels"]["top1"] for f in FEW}
-    return values | {f"{name}_{space}": value for space, read in kept.items() for name, value in read.items()}
+    }
+    for fraction in LABEL_FRACTIONS:
+        values[f"label_probe_{100 * fraction:g}"] = accuracy[few_labels(fraction)]["top1"]
+    for space, attributes in equivariance["attributes"].items():
+        values |= {f"{name}_{space}": value for name, value in attributes.items()}
+    return values
 
 
 def hardware() -> str:
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        names = {line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")}
-        model = ", ".join(sorted(names)) or model
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return gpu or f"CPU ({model}), torch {torch.__version__}"
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = ", ".join(sorted({line.split(":")[1].strip() for line in lines})) or model
+    return f"CPU ({model}), torch {torch.__version__}"
 
 
-def text_of(value: list[float], digits: int) -> str:
-    spread = f" ± {statistics.stdev(value):.{digits}f}" if len(value) > 1 else ""
-    return f"{statistics.mean(value):.{digits}f}{spread}"
-
-
-def table(summary: dict) -> str:
-    """Markdown of one recipe; the best mean is bold where it is ahead of the second by more than the larger standard deviation."""
-    arms = summary["arms"]
-    lines = [f"**{summary['recipe']}** ({summary['settings']}; {summary['seeds']} seed{'s' * (summary['seeds'] > 1)})", ""]
+def table(summary: dict[str, Any]) -> str:
+    """Markdown of one recipe: means and standard deviations over the seeds."""
+    arms, seeds = summary["arms"], summary["seeds"]
+    about = f"{summary['settings']}; {seeds} seed{'s' if seeds > 1 else ''}"
+    lines = [f"**{summary['recipe']}** ({about})", ""]
     lines += ["| | " + " | ".join(arms) + " |", "|---" * (1 + len(arms)) + "|"]
-    for name, (title, digits, better) in ROWS.items():
-        if not all(name in run for runs in arms.values() for run in runs):
-            continue
-        values = [[run[name] for run in runs] for runs in arms.values()]
-        cells, means = [text_of(v, digits) for v in values], [statistics.mean(v) for v in values]
-        spread = max(statistics.stdev(v) if len(v) > 1 else 0.0 for v in values)
-        *_, second, best = sorted(range(len(means)), key=lambda k: better * means[k])
-        if better and len(values[0]) > 1 and abs(means[best] - means[second]) > spread:
-            cells[best] = f"**{cells[best]}**"
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    for row in ROWS:
+        if all(row.name in run for runs in arms.values() for run in runs):
+            values = [[run[row.name] for run in runs] for runs in arms.values()]
+            lines.append(f"| {row.heading} | " + " | ".join(cells(row, values)) + " |")
     return "\n".join(lines)
 
 
+def cells(row: Row, values: list[list[float]]) -> list[str]:
+    """For each arm; the best is bold where it leads the second by more than the larger standard deviation."""
+    means = [statistics.mean(v) for v in values]
+    deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+    texts = [f"{mean:.{row.digits}f}" for mean in means]
+    if len(values[0]) == 1:
+        return texts
+    texts = [f"{t} ± {deviation:.{row.digits}f}" for t, deviation in zip(texts, deviations, strict=True)]
+    *_, second, best = sorted(range(len(means)), key=lambda k: row.sign * means[k])
+    if row.sign and abs(means[best] - means[second]) > max(deviations):
+        texts[best] = f"**{texts[best]}**"
+    return texts
+
+
 def write_readme() -> None:
-    """All of results/*.json between the two markers."""
-    readme = ROOT / "README.md"
+    """Put the tables of all results/*.json between README's two markers."""
+    readme, files = ROOT / "README.md", sorted((ROOT / "results").glob("*.json"), reverse=True)
+    tables = "\n\n".join(table(json.loads(file.read_text())) for file in files)
     text = readme.read_text()
-    tables = [table(json.loads(path.read_text())) for path in sorted((ROOT / "results").glob("*.json"), reverse=True)]
     start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
-    readme.write_text(text[:start] + "\n" + "\n\n".join(tables) + "\n" + text[stop:])
+    readme.write_text(f"{text[:start]}\n{tables}\n{text[stop:]}")
 
 
 @click.command()
 @click.option("--recipe", default="shapes", show_default=True, help="a file in recipes/, without .yaml")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
-@click.option("--weight", "weights", multiple=True, type=float, help="lambdas to compare (default: the recipe's)")
-@click.option("--root", default="runs/paper", show_default=True, help="where the runs are kept")
+@click.option("--weight", "weights", multiple=True, type=float, help="λ to compare (default: the recipe's)")
+@click.option("--root", default="runs/paper", show_default=True, help="where the runs are saved")
 @click.option("--data-root")
-def main(recipe: str, seeds: tuple[int, ...], weights: tuple[float, ...], root: str, data_root: str | None) -> None:
+def main(
+    recipe: str, seeds: tuple[int, ...], weights: tuple[float, ...], root: str, data_root: str | None
+) -> None:
     data = ["--data-root", str(Path(data_root).absolute())] if data_root else []
-    settings, arms = resolve({}, str(recipe_file(recipe))), {}
-    for title, (name, flags) in arms_of(settings, weights).items():
-        runs = [Path(root).absolute() / f"{recipe}-{name}-{seed}" for seed in seeds]
+    recipe_file = ROOT / "recipes" / f"{recipe}.yaml"
+    config, arms = TrainConfig(**read_yaml(recipe_file)), {}
+    for arm in arms_of(config, weights):
+        runs = [Path(root).absolute() / f"{recipe}-{arm.name}-{seed}" for seed in seeds]
         for seed, run in zip(seeds, runs, strict=True):
-            prepare(recipe, run, seed, flags, data)
-        arms[title] = [measured(run) for run in runs]
-    about = f"{settings.model}, batch {settings.batch_size}, {hardware()}, precision {trainer.precision('auto')}"
-    summary = {"recipe": recipe, "settings": about, "seeds": len(seeds), "arms": arms}
-    (ROOT / "results").mkdir(exist_ok=True)
-    (ROOT / "results" / f"{recipe}.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+            train(recipe_file, run, seed, arm.flags, data)
+            evaluate(config.dataset_name, run, data)
+        arms[arm.title] = [measured(run) for run in runs]
+    precision = trainer.precision("auto")
+    settings = f"{config.model}, batch {config.batch_size}, {hardware()}, precision {precision}"
+    summary = {"recipe": recipe, "settings": settings, "seeds": len(seeds), "arms": arms}
+    output = ROOT / "results" / f"{recipe}.json"
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     write_readme()
     click.echo(table(summary))
 

@@ -4,30 +4,32 @@ Names are resolved on first use, so that `import care_hub` stays light.
 """
 
 from importlib import import_module
+from typing import Any
 
 from .errors import CareHubError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Encoder": "encoder",
-    "load_encoder": "encoder",
-    "create_model": "models",
-    "list_models": "registry",
-    "register_encoder": "registry",
-    "LinearHead": "classifier",
-    "load_linear_head": "classifier",
-    "load_classifier": "classifier",
+    "load_encoder": "factory",
+    "load_linear_head": "factory",
+    "load_classifier": "factory",
+    "create_model": "factory",
+    "list_models": "factory",
+    "LinearHead": "hub.linear_head",
+    "register_encoder": "hub.registry",
     "Rotation": "rotation",
+    "fingerprint_of": "embed_folder",
     "TrainConfig": "config",
-    "train": "trainer",
+    "train": "training.trainer",
 }
-_MODULES = ("augment", "losses", "models", "registry", "rotation")
+_MODULES = ("augment", "losses", "metrics", "models", "registry", "rotation")
 
 __all__ = ["CareHubError", *_HOMES, *_MODULES]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
     elif name in _MODULES:
@@ -38,5 +40,5 @@ def __getattr__(name: str):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

@@ -1,208 +1,289 @@
-"""Random augmentation of a whole batch on its device, with parameters drawn per image or shared by a group.
+"""Random augmentation of a whole batch on its device, with parameters per image or shared by a group.
 
-`draw` makes the random parameters on the CPU from a generator (a few numbers per image), `apply` turns pictures and
-parameters into a view. Drawing for the global batch and slicing (`Draw.rows`) is what makes a run independent of the
-number of processes. With equal parameters every operation equals torchvision's functional one (to 2e-6 in float32).
+`sample` makes the random parameters on the CPU (a few numbers per image), `apply` turns images and
+parameters into a view. Sampling for the global batch and taking rows of it is what makes a run
+independent of the number of processes. With equal parameters every operation equals torchvision's
+functional one (to 2e-6 in float32).
 """
 
-import dataclasses
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-GREY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, the weights torchvision uses
+LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, the weights torchvision uses
+CROP_TRIES = 10
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What may happen to a picture, and how strongly. Names and meaning as in torchvision's transforms."""
+class AugmentationConfig:
+    """What may happen to an image, and how strongly. Names and meaning as in torchvision's transforms.
+
+    >>> AugmentationConfig(size=32, grayscale=0.0).jitter
+    (0.4, 0.4, 0.4, 0.1)
+    """
 
     size: int = 32  # side of the square view, pixels
-    scale: tuple[float, float] = (0.08, 1.0)  # area of the crop as a fraction of the picture's
+    scale: tuple[float, float] = (0.08, 1.0)  # area of the crop as a fraction of the image's
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
-    flip: float = 0.5
+    flip: float = 0.5  # probability, as are jitter_p, grayscale and blur
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
     jitter_p: float = 0.8
-    greyscale: float = 0.2
+    grayscale: float = 0.2
     blur: float = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    blur_taps: int = 3
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    blur_kernel_size: int = 3  # pixels, odd
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
-class Draw:
+class AugmentationParams:
     """Parameters of n augmentations; every field is a tensor with n rows, on the CPU."""
 
     box: Tensor  # (n, 4) int64: top, left, height, width of the crop
     flip: Tensor  # (n,) bool
-    factors: Tensor  # (n, 4) float32: brightness, contrast, saturation factors, hue shift in turns
+    factors: Tensor  # (n, 4) float32: factors of brightness, contrast, saturation; hue shift in turns
     order: Tensor  # (n, 4) int64: which of the four comes first, second, ...; -1 = no jitter
-    grey: Tensor  # (n,) bool
+    gray: Tensor  # (n,) bool
     sigma: Tensor  # (n,) float32, pixels; 0 = no blur
 
-    def rows(self, index) -> "Draw":
-        return Draw(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+    def __len__(self) -> int:
+        return len(self.box)
 
-    def repeat(self, times: int) -> "Draw":
+    def rows(self, index: Tensor | slice) -> "AugmentationParams":
+        """The rows at `index`, in its order."""
+        return AugmentationParams(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def repeat(self, times: int) -> "AugmentationParams":
         """Each row `times` times in succession: one augmentation for a group of consecutive images."""
-        return Draw(*(getattr(self, f.name).repeat_interleave(times, dim=0) for f in dataclasses.fields(self)))
+        repeated = (getattr(self, field.name).repeat_interleave(times, dim=0) for field in fields(self))
+        return AugmentationParams(*repeated)
 
     @classmethod
-    def join(cls, draws: list["Draw"]) -> "Draw":
-        """The rows of all `draws`, one after the other."""
-        return cls(*(torch.cat([getattr(d, f.name) for d in draws]) for f in dataclasses.fields(cls)))
+    def cat(cls, parts: Sequence["AugmentationParams"]) -> "AugmentationParams":
+        """The rows of all `parts`, one after the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
-def generator(seed: int, *path) -> torch.Generator:
-    """A CPU generator that depends on `seed` and `path` (stream name, step, ...) alone."""
-    digest = hashlib.blake2b("/".join(map(str, (seed, *path))).encode(), digest_size=8).digest()
+def seeded_generator(seed: int, *path: object) -> torch.Generator:
+    """A CPU generator that depends on `seed` and `path` (name of a stream, step, ...) alone.
+
+    >>> torch.rand(1, generator=seeded_generator(0, "views", 7))
+    tensor([0.3411])
+    """
+    name = "/".join(map(str, (seed, *path)))
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def draw(recipe: Recipe, n: int, height: int, width: int, generator: torch.Generator) -> Draw:
-    """n independent augmentations of pictures of height x width pixels, distributed as torchvision draws them."""
+def sample(
+    config: AugmentationConfig, n: int, height: int, width: int, generator: torch.Generator
+) -> AugmentationParams:
+    """n independent augmentations of images of height x width pixels, distributed as torchvision's.
 
-    def uniform(low, high, *shape):
-        return torch.rand(n, *shape, generator=generator) * (high - low) + low
-
-    factors = torch.stack([uniform(max(0.0, 1 - s), 1 + s) for s in recipe.jitter[:3]], dim=1)
-    hue = uniform(-recipe.jitter[3], recipe.jitter[3])
-    order = torch.rand(n, 4, generator=generator).argsort(dim=1)
-    order[torch.rand(n, generator=generator) >= recipe.jitter_p] = -1
-    sigma = uniform(*recipe.blur_sigma)
-    sigma[torch.rand(n, generator=generator) >= recipe.blur] = 0
-    return Draw(
-        box=_crop_boxes(recipe, n, height, width, generator),
-        flip=torch.rand(n, generator=generator) < recipe.flip,
-        factors=torch.cat([factors, hue[:, None]], dim=1),
-        order=order,
-        grey=torch.rand(n, generator=generator) < recipe.greyscale,
-        sigma=sigma,
-    )
-
-
-def pair(
-    images: Tensor, recipe: Recipe, seed: int, step: int, stream: str, draws: int, rank: int = 0, processes: int = 1,
-    cropped: bool = False, stride: int = 1,
-) -> Tensor:  # fmt: skip
-    """Two views of this process's part of a global batch: (b, 3, H, W) -> (2b, 3, size, size), first view first.
-
-    The batch of all processes holds b * `processes` images; each of the `draws` augmentations of a view serves an equal
-    number of consecutive ones. What is drawn depends on (seed, stream, step) and the position in the global batch only.
-    `cropped`: no crop here; the pictures have their size, and may be (b, 2, 3, size, size), cut for each view. `stride`: the draws
-    serve only every so many images, the others have each their own.
+    >>> sample(AugmentationConfig(), 2, 32, 32, seeded_generator(0)).box.shape
+    torch.Size([2, 4])
     """
-    total = len(images) * processes
-    mine = slice(rank * len(images), (rank + 1) * len(images))
-    height, width = images.shape[-2:]
-    views = []
-    for view in (0, 1):
-        drawn = draw(recipe, draws, height, width, generator(seed, stream, step, view)).repeat(total // stride // draws)
-        if stride > 1:
-            own = draw(recipe, total, height, width, generator(seed, stream, "own", step, view))
-            place = torch.arange(total)
-            drawn = Draw.join([drawn, own]).rows(torch.where(place % stride == 0, place // stride, total // stride + place))
-        views.append(drawn.rows(mine))
-    both = Draw.join(views)
-    if cropped:
-        both = replace(both, box=torch.tensor([[0, 0, height, width]]).expand(len(both.box), -1))
-    pictures = images.transpose(0, 1).flatten(0, 1) if images.ndim == 5 else images.repeat(2, 1, 1, 1)
-    return apply(pictures, both, recipe)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(n, generator=generator) * (high - low) + low
+
+    def happens(probability: float) -> Tensor:
+        return torch.rand(n, generator=generator) < probability
+
+    # Runs are reproduced from their seed, so the order of these lines is fixed.
+    factors = [uniform(max(0.0, 1 - strength), 1 + strength) for strength in config.jitter[:3]]
+    factors.append(uniform(-config.jitter[3], config.jitter[3]))
+    order = torch.rand(n, 4, generator=generator).argsort(dim=1)
+    order[~happens(config.jitter_p)] = -1
+    sigma = uniform(*config.blur_sigma)
+    sigma[~happens(config.blur)] = 0
+    box = _sample_crop_boxes(config, n, height, width, generator)
+    flip = happens(config.flip)
+    gray = happens(config.grayscale)
+    return AugmentationParams(box, flip, torch.stack(factors, dim=1), order, gray, sigma)
 
 
-def crop_box(recipe: Recipe, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-    """One random crop of a picture of any size: top, left, height, width."""
-    return tuple(_crop_boxes(recipe, 1, height, width, generator)[0].tolist())
+def sample_crop_box(
+    config: AugmentationConfig, height: int, width: int, generator: torch.Generator
+) -> tuple[int, int, int, int]:
+    """One random crop of an image of any size: top, left, height, width.
+
+    >>> sample_crop_box(AugmentationConfig(scale=(1, 1), ratio=(1, 1)), 20, 50, seeded_generator(0))
+    (0, 15, 20, 20)
+    """
+    top, left, crop_height, crop_width = _sample_crop_boxes(config, 1, height, width, generator)[0].tolist()
+    return top, left, crop_height, crop_width
 
 
-def _crop_boxes(recipe: Recipe, n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Ten tries each, the first that fits wins, else the largest central crop of an allowed ratio."""
-    tries = 10
-    area = height * width * (torch.rand(n, tries, generator=generator) * (recipe.scale[1] - recipe.scale[0]) + recipe.scale[0])
-    low, high = (math.log(r) for r in recipe.ratio)
-    ratio = torch.exp(torch.rand(n, tries, generator=generator) * (high - low) + low)
+def _sample_crop_boxes(
+    config: AugmentationConfig, n: int, height: int, width: int, generator: torch.Generator
+) -> Tensor:
+    """(n, 4): the first of ten random crops that fits, else the largest central one of an allowed ratio."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(n, CROP_TRIES, generator=generator) * (high - low) + low
+
+    area = height * width * uniform(*config.scale)
+    ratio = torch.exp(uniform(*map(math.log, config.ratio)))
     w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.int().argmax(dim=1, keepdim=True)
-    w, h = w.gather(1, first).squeeze(1), h.gather(1, first).squeeze(1)
-    central_w = min(width, round(height * recipe.ratio[1]))
-    central_h = min(height, round(width / recipe.ratio[0]))
-    none = ~fits.any(dim=1)
-    w, h = w.masked_fill(none, central_w), h.masked_fill(none, central_h)
+    none_fits, first = ~fits.any(dim=1), fits.int().argmax(dim=1, keepdim=True)
+    central_w = min(width, round(height * config.ratio[1]))
+    central_h = min(height, round(width / config.ratio[0]))
+    w = w.gather(1, first).squeeze(1).masked_fill(none_fits, central_w)
+    h = h.gather(1, first).squeeze(1).masked_fill(none_fits, central_h)
     u, v = torch.rand(n, generator=generator), torch.rand(n, generator=generator)
-    top = torch.where(none, (height - h) // 2, ((height - h + 1) * u).long())
-    left = torch.where(none, (width - w) // 2, ((width - w + 1) * v).long())
+    top = torch.where(none_fits, (height - h) // 2, ((height - h + 1) * u).long())
+    left = torch.where(none_fits, (width - w) // 2, ((width - w + 1) * v).long())
     return torch.stack([top, left, h, w], dim=1)
 
 
-def apply(images: Tensor, drawn: Draw, recipe: Recipe) -> Tensor:
-    """One view: (B, 3, H, W) uint8 (or float in [0, 1]) and B rows of parameters -> (B, 3, size, size) float."""
+def two_views(
+    images: Tensor,
+    config: AugmentationConfig,
+    seed: int,
+    step: int,
+    stream: str,
+    draws: int,
+    rank: int = 0,
+    processes: int = 1,
+    cropped: bool = False,
+    stride: int = 1,
+) -> Tensor:
+    """Two views of this process's part of a global batch: (b, 3, H, W) -> (2b, 3, size, size).
+
+    The first b rows are the first view. The global batch has b * `processes` images; each of the `draws`
+    augmentations of a view serves an equal number of consecutive ones. With a `stride` they serve every
+    `stride`-th image alone, and the others have one each. All parameters depend on (seed, stream, step)
+    and on the place in the global batch only. `cropped`: the images are crops already, one for both views
+    or, as (b, 2, 3, size, size), one for each.
+
+    >>> images = torch.zeros(8, 3, 40, 48, dtype=torch.uint8)
+    >>> two_views(images, AugmentationConfig(size=32), seed=0, step=0, stream="equivariance", draws=2).shape
+    torch.Size([16, 3, 32, 32])
+    """
+    height, width = images.shape[-2:]
+    total = len(images) * processes
+    mine = slice(rank * len(images), (rank + 1) * len(images))
+
+    def sample_view(view: int) -> AugmentationParams:
+        shared = sample(config, draws, height, width, seeded_generator(seed, stream, step, view))
+        shared = shared.repeat(total // stride // draws)
+        if stride == 1:
+            return shared
+        own = sample(config, total, height, width, seeded_generator(seed, stream, "own", step, view))
+        row = len(shared) + torch.arange(total)
+        row[::stride] = torch.arange(len(shared))
+        return AugmentationParams.cat([shared, own]).rows(row)
+
+    params = AugmentationParams.cat([sample_view(view).rows(mine) for view in (0, 1)])
+    if cropped:
+        params = replace(params, box=torch.tensor([0, 0, height, width]).expand(len(params), 4))
+    both = images.transpose(0, 1).flatten(0, 1) if images.ndim == 5 else images.repeat(2, 1, 1, 1)
+    return apply(both, params, config)
+
+
+def apply(images: Tensor, params: AugmentationParams, config: AugmentationConfig) -> Tensor:
+    """One view: (B, 3, H, W) uint8 (or float in [0, 1]) and B rows of parameters -> (B, 3, size, size) float.
+
+    >>> config = AugmentationConfig(size=16)
+    >>> params = sample(config, 1, 32, 32, seeded_generator(0)).repeat(4)  # one augmentation for 4 images
+    >>> apply(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), params, config).shape
+    torch.Size([4, 3, 16, 16])
+    """
     x = images.to(torch.get_default_dtype()).mul_(1 / 255) if images.dtype == torch.uint8 else images
-    x = crop(x, drawn.box, drawn.flip, recipe.size)
-    x = jitter(x, drawn.factors, drawn.order)
-    x = greyscale(x, drawn.grey)
-    x = blur(x, drawn.sigma, recipe.blur_taps)
-    return normalise(x, recipe.mean, recipe.std)
+    x = crop(x, params.box, params.flip, config.size)
+    x = jitter(x, params.factors, params.order)
+    x = grayscale(x, params.gray)
+    x = blur(x, params.sigma, config.blur_kernel_size)
+    return normalize(x, config.mean, config.std)
 
 
-def normalise(x: Tensor, mean, std) -> Tensor:
-    mean, scale = torch.tensor(mean, dtype=torch.float64), 1 / torch.tensor(std, dtype=torch.float64)
-    shift, scale = (v.to(x.dtype).to(x.device, non_blocking=True).view(3, 1, 1) for v in (-mean * scale, scale))
+def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x - mean) / std of (..., 3, H, W), by channel.
+
+    >>> normalize(torch.ones(3, 1, 1), (0.5, 0.5, 0.5), (0.5, 0.25, 1.0)).flatten()
+    tensor([1.0000, 2.0000, 0.5000])
+    """
+    scale = 1 / torch.tensor(std, dtype=torch.float64)
+    shift = -torch.tensor(mean, dtype=torch.float64) * scale
+    scale, shift = (v.to(x.dtype).to(x.device, non_blocking=True).view(3, 1, 1) for v in (scale, shift))
     return (x * scale).add_(shift)
 
 
+def center_crop(x: Tensor, size: int) -> Tensor:
+    """The central size x size square of (..., S, S).
+
+    >>> center_crop(torch.arange(16).view(4, 4), 2)
+    tensor([[ 5,  6],
+            [ 9, 10]])
+    """
+    start = (x.shape[-1] - size) // 2
+    return x[..., start : start + size, start : start + size]
+
+
 def crop(x: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
-    """Resized crop as two matrix products; flipped ones have their column matrix reversed."""
+    """Resized crops (B, 3, size, size) of (B, 3, H, W) at `box` (B, 4), mirrored where `flip` (B,) is True.
+
+    The resize is bilinear and antialiased, written as two matrix products.
+
+    >>> x = torch.tensor([[0.0, 0.2], [0.4, 0.6]]).expand(1, 3, 2, 2)
+    >>> crop(x, torch.tensor([[0, 0, 2, 2]]), torch.tensor([True]), size=2)[0, 0]
+    tensor([[0.2000, 0.0000],
+            [0.6000, 0.4000]])
+    """
     if x.shape[2:] == (size, size) and (box == torch.tensor([0, 0, size, size])).all():
-        return torch.where(flip.to(x.device, non_blocking=True)[:, None, None, None], x.flip(3), x)
-    rows = _resize_matrix(box[:, 0], box[:, 2], x.shape[2], size, x.dtype, torch.zeros_like(flip))
-    columns = _resize_matrix(box[:, 1], box[:, 3], x.shape[3], size, x.dtype, flip)
+        mirrored = flip.to(x.device, non_blocking=True)[:, None, None, None]
+        return torch.where(mirrored, x.flip(3), x)
+    rows = _resize_matrix(box[:, 0], box[:, 2], x.shape[2], size, torch.zeros_like(flip), x.dtype)
+    columns = _resize_matrix(box[:, 1], box[:, 3], x.shape[3], size, flip, x.dtype)
     rows, columns = (m.to(x.device, non_blocking=True) for m in (rows, columns))
-    x = torch.bmm(x.flatten(1, 2), columns.transpose(1, 2)).unflatten(1, x.shape[1:3])  # all channels in one product
+    all_rows = x.flatten(1, 2)  # the rows of all channels in one product
+    x = torch.bmm(all_rows, columns.transpose(1, 2)).unflatten(1, x.shape[1:3])
     return (rows[:, None] @ x).clamp_(0, 1)
 
 
-def _resize_matrix(start: Tensor, length: Tensor, full: int, size: int, dtype: torch.dtype, flip: Tensor) -> Tensor:
-    """(B, size, full) weights of an antialiased (triangle filter) resize of `length` pixels from `start` to `size`."""
+def _resize_matrix(
+    start: Tensor, length: Tensor, full: int, size: int, flip: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(B, size, full) weights of an antialiased (triangle filter) resize of `length` pixels from `start`."""
     scale = length.double() / size
-    place = torch.arange(size, dtype=torch.float64) + 0.5
-    centre = torch.where(flip[:, None], size - place, place) * scale[:, None]
+    position = torch.arange(size, dtype=torch.float64) + 0.5
+    center = torch.where(flip[:, None], size - position, position) * scale[:, None]
     pixel = torch.arange(full) - start[:, None]
     inside = (pixel >= 0) & (pixel < length[:, None])
-    weight = (pixel + 0.5).to(dtype)[:, None, :] - centre.to(dtype)[:, :, None]
-    weight = weight.abs_().mul_((-1 / scale.clamp(min=1)).to(dtype)[:, None, None]).add_(1).clamp_(min=0).mul_(inside[:, None])
+    distance = ((pixel + 0.5).to(dtype)[:, None, :] - center.to(dtype)[:, :, None]).abs_()
+    slope = (-1 / scale.clamp(min=1)).to(dtype)[:, None, None]
+    weight = distance.mul_(slope).add_(1).clamp_(min=0).mul_(inside[:, None])
     return weight.mul_(1 / weight.sum(dim=2, keepdim=True))
 
 
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue in each row's own order."""
+    """Color jitter of (B, 3, H, W): brightness, contrast, saturation and hue in each row's own order.
+
+    `factors`, `order` (B, 4) as in `AugmentationParams`.
+
+    >>> order = torch.tensor([[0, -1, -1, -1], [-1, -1, -1, -1]])  # brightness for the first image alone
+    >>> jitter(torch.full((2, 3, 1, 1), 0.5), torch.full((2, 4), 0.5), order).flatten(1)
+    tensor([[0.2500, 0.2500, 0.2500],
+            [0.5000, 0.5000, 0.5000]])
+    """
+    operations = (_brightness, _contrast, _saturation, _hue)
     x, factors = x.clone(), factors.to(x.dtype)
-    for place in order.T:
-        for k, operation in enumerate((_brightness, _contrast, _saturation, _hue)):
-            index = (place == k).nonzero().squeeze(1)
+    for turn in order.T:
+        for k, operation in enumerate(operations):
+            index = (turn == k).nonzero().squeeze(1)
             if len(index):
                 factor = factors[index, k].to(x.device, non_blocking=True).view(-1, 1, 1, 1)
-                where = index.to(x.device, non_blocking=True)
-                x.index_copy_(0, where, operation(x.index_select(0, where), factor))
+                index = index.to(x.device, non_blocking=True)
+                x.index_copy_(0, index, operation(x.index_select(0, index), factor))
     return x
-
-
-def rotate(x: Tensor, degrees: float) -> Tensor:
-    """(B, 3, S, S) turned counter-clockwise about the centre, bilinear; corners are reflected: black ones would tell the angle."""
-    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    turn = torch.tensor([[c, -s, 0.0], [s, c, 0.0]], dtype=x.dtype, device=x.device).expand(len(x), 2, 3)
-    grid = torch.nn.functional.affine_grid(turn, list(x.shape), align_corners=False)
-    return torch.nn.functional.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-
-
-def luma(x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 1, H, W)."""
-    return (x[:, 0:1] * GREY[0]).add_(x[:, 1:2], alpha=GREY[1]).add_(x[:, 2:3], alpha=GREY[2])
 
 
 def _brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -218,8 +299,10 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the hue of HSV by `turns` (1 = full circle). The way there sorts the channels by minima and maxima rather than by
-    cases; the way back is the closed form of Smith (1978)."""
+    """The hue of HSV rotated by `turns` (1 = full circle).
+
+    To HSV by minima and maxima of channels, not by cases. Source of the way back: Smith 1978.
+    """
     red, green, blue = x.unbind(dim=1)
     high, low = torch.maximum(green, blue), torch.minimum(green, blue)
     value, middle = torch.maximum(red, high), torch.minimum(red, high)
@@ -227,31 +310,73 @@ def _hue(x: Tensor, turns: Tensor) -> Tensor:
     hue = torch.where(red < high, swapped - 1 / 3, -swapped)
     chroma = value - torch.minimum(middle, low)
     hue = hue.addcdiv_(middle - low, chroma.clamp(min=1e-12), value=1 / 6).abs_().add_(turns.squeeze(3))
-    offsets = torch.tensor((11 / 6, 9 / 6, 7 / 6), dtype=x.dtype).to(x.device, non_blocking=True).view(3, 1, 1)
-    k = (hue[:, None] + offsets).frac_().mul_(6)  # a turn more than needed, so that nothing is negative
+    # 5/6, 3/6 and 1/6 in the source; a turn more, so that nothing is negative.
+    offsets = torch.tensor((11 / 6, 9 / 6, 7 / 6), dtype=x.dtype).view(3, 1, 1)
+    k = (hue[:, None] + offsets.to(x.device, non_blocking=True)).frac_().mul_(6)
     return torch.addcmul(value[:, None], chroma[:, None], torch.minimum(k, 4 - k).clamp_(0, 1), value=-1)
 
 
-def greyscale(x: Tensor, which: Tensor) -> Tensor:
+def luma(x: Tensor) -> Tensor:
+    """Gray level of an RGB image: (B, 3, H, W) -> (B, 1, H, W).
+
+    >>> luma(torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1, 1)).item() == torch.tensor(LUMA[1]).item()
+    True
+    """
+    return (x[:, 0:1] * LUMA[0]).add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:3], alpha=LUMA[2])
+
+
+def grayscale(x: Tensor, which: Tensor) -> Tensor:
+    """(B, 3, H, W) with the images at `which` (B,) bool in gray.
+
+    >>> x = torch.tensor([0.0, 1.0, 0.0]).view(1, 3, 1, 1).repeat(2, 1, 1, 1)
+    >>> grayscale(x, torch.tensor([True, False])).flatten(1)
+    tensor([[0.5870, 0.5870, 0.5870],
+            [0.0000, 1.0000, 0.0000]])
+    """
     index = which.nonzero().squeeze(1).to(x.device, non_blocking=True)
-    return x.index_copy(0, index, luma(x[index]).expand(-1, 3, -1, -1)) if len(index) else x
+    if not len(index):
+        return x
+    return x.index_copy(0, index, luma(x[index]).expand(-1, 3, -1, -1))
 
 
-def blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:
-    """Gaussian blur, `taps` x `taps` (odd), reflected at the border; rows with sigma 0 stay as they are."""
+def blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
+    """Gaussian blur of (B, 3, H, W), kernel_size x kernel_size (odd), reflected at the border.
+
+    `sigma` (B,) in pixels; images with sigma 0 stay as they are.
+
+    >>> x = torch.zeros(1, 3, 5, 5)
+    >>> x[:, :, 2, 2] = 1
+    >>> blur(x, torch.tensor([1.0]), kernel_size=3)[0, 0, 2]
+    tensor([0.0000, 0.1238, 0.2042, 0.1238, 0.0000])
+    """
     index = (sigma > 0).nonzero().squeeze(1)
     if not len(index):
         return x
-    reach = taps // 2
-    offsets = torch.arange(-reach, reach + 1)
-    weights = torch.exp(-0.5 * (offsets / sigma[index, None]).square())
-    weights = (weights / weights.sum(dim=1, keepdim=True)).to(x.device, x.dtype, non_blocking=True)[:, :, None, None, None]
-    where = index.to(x.device, non_blocking=True)
-    y = torch.nn.functional.pad(x[where], (reach,) * 4, mode="reflect")
-    height, width = x.shape[2:]
-    for axis, length in ((2, height), (3, width)):
-        shifted = [y.narrow(axis, k, length) for k in range(taps)]
+    reach = kernel_size // 2
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma[index, None]).square())
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    weights = weights.to(x.device, x.dtype, non_blocking=True)[:, :, None, None, None]
+    index = index.to(x.device, non_blocking=True)
+    y = F.pad(x[index], (reach,) * 4, mode="reflect")
+    for axis in (2, 3):  # a Gaussian is a product: first along the columns, then along the rows
+        shifted = [y.narrow(axis, k, x.shape[axis]) for k in range(kernel_size)]
         y = shifted[reach] * weights[:, reach]
         for k in range(reach):  # the kernel is symmetric
-            y.addcmul_(shifted[k] + shifted[taps - 1 - k], weights[:, k])
-    return x.index_copy(0, where, y)
+            y.addcmul_(shifted[k] + shifted[kernel_size - 1 - k], weights[:, k])
+    return x.index_copy(0, index, y)
+
+
+def rotate(x: Tensor, degrees: float) -> Tensor:
+    """(B, 3, S, S) rotated counter-clockwise about the center, bilinear.
+
+    Beyond the border the image is reflected: black corners would tell the angle.
+
+    >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).expand(1, 3, 2, 2)
+    >>> rotate(x, 90)[0, 0].round()
+    tensor([[1., 3.],
+            [0., 2.]])
+    """
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    matrix = torch.tensor([[c, -s, 0.0], [s, c, 0.0]], dtype=x.dtype, device=x.device).expand(len(x), 2, 3)
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)

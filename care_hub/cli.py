@@ -1,120 +1,239 @@
-"""Words to actions: the options of train.py and the `care-hub` command."""
+"""Words to actions: train.py, eval_linear.py and the `care-hub` command.
+
+Imports stand inside the functions here, so that `--help` is light.
+"""
 
 import dataclasses
 import json
+import logging
+import os
+import re
+import shlex
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
-from .config import EvalConfig, TrainConfig, flag, read_yaml
+from .config import FORMER_NAMES, DataConfig, EvalConfig, TrainConfig, read_yaml
 from .errors import CareHubError
 
-# What may change when a run is resumed; everything else would make it another run.
-FREE_ON_RESUME = {"resume", "run_name", "save_root", "data_root", "max_steps", "num_workers", "log_with", "push_to_hub"}
-FREE_ON_RESUME |= {"checkpoint_every", "knn_every", "dry_run", "compile"}
+Function = TypeVar("Function", bound=Callable[..., Any])
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+SOURCE = "a run folder, an export folder, a registry name or a Hub id"
+
+
+class ScreenHandler(logging.Handler):
+    """What care_hub logs, on standard output, beside progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
 
 
 class Command(click.Command):
-    """A command whose user errors are one sentence and exit status 1."""
+    """A command whose user errors are one sentence and exit status 1, and whose help shows groups."""
 
-    def invoke(self, context):
+    def invoke(self, context: click.Context) -> Any:
+        """Run it, with care_hub's log on the screen."""
+        use_all_cores()
+        log, screen = logging.getLogger("care_hub"), ScreenHandler()
+        log.addHandler(screen)
+        log.setLevel(logging.INFO)
         try:
             return super().invoke(context)
         except CareHubError as error:
-            message = str(error)
-            raise click.ClickException(message[0].upper() + message[1:] if message[0].islower() else message) from error
+            raise click.ClickException(self._sentence(str(error))) from error
+        finally:
+            log.removeHandler(screen)
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """Former names of options are understood, and not shown."""
+        former = {flag(before): flag(now) for before, now in FORMER_NAMES.items()}
+        words = (word.partition("=") for word in args)
+        return super().parse_args(
+            context, [former.get(name, name) + sign + value for name, sign, value in words]
+        )
+
+    def _sentence(self, message: str) -> str:
+        """An error as the command line speaks: `option=value` in backticks becomes a flag."""
+        known = {parameter.name for parameter in self.params if isinstance(parameter, click.Option)}
+
+        def as_flag(match: re.Match[str]) -> str:
+            name, value = match["name"], match["value"] or "True"
+            if name not in known:
+                return match[0]
+            if value[0] in "'\"":
+                value = shlex.quote(value.strip(value[0]))
+            return flag(name) if value == "True" else f"{flag(name)} {value}"
+
+        message = re.sub(r"`(?P<name>\w+)(?:=(?P<value>[^`]+))?`", as_flag, message)
+        return message[0].upper() + message[1:] if message[0].islower() else message
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Options under the headings of their groups."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(context):
+            if row := parameter.get_help_record(context):
+                groups.setdefault(getattr(parameter, "group", "Options"), []).append(row)
+        for group, rows in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(rows)
+
+
+class Option(click.Option):
+    """An option with the heading under which `--help` shows it."""
+
+    def __init__(self, *args: Any, group: str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.group = group
 
 
 class Group(click.Group):
+    """Commands with their whole summaries."""
+
     command_class = Command
 
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """One line or more for each command."""
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, command.get_short_help_str(1000)) for name, command in self.commands.items()]
+            )
 
-def options_of(config_class):
+
+def use_all_cores() -> None:
+    """Share the cores among this machine's processes: launchers ask for one thread each.
+
+    Before torch is imported, which reads it then.
+    """
+    if int(os.environ.get("OMP_NUM_THREADS") or 1) <= 1:
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, share))
+
+
+def flag(name: str) -> str:
+    """`batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def options_of(config_class: type[DataConfig]) -> Callable[[Function], Function]:
     """One click option for each field of a dataclass of options."""
-    return lambda command: _with_options(command, config_class)
+
+    def decorate(command: Function) -> Function:
+        for option in reversed(dataclasses.fields(config_class)):
+            command = _option_of(option, typing.get_type_hints(config_class)[option.name])(command)
+        return command
+
+    return decorate
 
 
-def _with_options(command, config_class):
-    kinds = typing.get_type_hints(config_class)
-    for f in reversed(dataclasses.fields(config_class)):
-        kind = next((k for k in typing.get_args(kinds[f.name]) if k is not type(None)), kinds[f.name])
-        settings = {"help": f.metadata["help"], "default": f.default, "show_default": f.default not in (None, "")}
-        settings["required"] = f.default == ""
-        if typing.get_origin(kinds[f.name]) is tuple:
-            settings |= {"nargs": len(typing.get_args(kinds[f.name])), "type": float}
-        elif kind is bool:
-            settings |= {"is_flag": True} if f.default is False else {}
-            name = flag(f.name) if f.default is False else f"{flag(f.name)}/--no-{flag(f.name)[2:]}"
-            command = click.option(name, f.name, **settings)(command)
-            continue
-        else:
-            settings["type"] = click.Choice(f.metadata["choices"]) if f.metadata["choices"] else kind
-        command = click.option(flag(f.name), f.name, **settings)(command)
-    return command
+def _option_of(option: dataclasses.Field, hint: Any) -> Callable[[Function], Function]:
+    about, default = option.metadata, option.default
+    settings = {"help": about["help"], "default": default, "required": default == ""}
+    settings |= {"show_default": default not in (None, ""), "cls": Option, "group": about["group"]}
+    name = flag(option.name)
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if typing.get_origin(hint) is tuple:
+        settings |= {"nargs": len(kinds), "type": float}
+    elif hint is bool and default:
+        name = f"{name}/--no-{name[2:]}"
+    elif hint is bool:
+        settings["is_flag"] = True
+    elif about["choices"]:
+        settings["type"] = click.Choice(about["choices"])
+    else:
+        settings["type"] = kinds[0] if kinds else hint
+    return click.option(name, option.name, **settings)
 
 
-def resolve(given: dict, config_file: str | None) -> TrainConfig:
-    """Options: defaults < the stored run (with --resume) < the YAML file < flags given by hand."""
+def resolve(given: dict[str, Any], config_file: str | None) -> TrainConfig:
+    """Options: defaults < the saved run (with --resume) < the YAML file < flags given by hand."""
     values = read_yaml(config_file) if config_file else {}
     values |= given
     if values.get("resume") and values.get("run_name"):
-        stored = Path(values.get("save_root", TrainConfig.save_root)) / values["run_name"] / "config.yaml"
-        if not stored.is_file():
-            raise CareHubError(f"there is no run to resume at '{stored.parent}'.")
-        before = read_yaml(stored)
-        for name, value in values.items():
-            value = list(value) if isinstance(value, tuple) else value
-            if name not in FREE_ON_RESUME and before.get(name) != value:
-                raise CareHubError(
-                    f"{flag(name)} was {before.get(name)} in this run and can't become {value} on --resume; start a new run for that."
-                )
-        values = before | values
+        values = _resumed(values)
     try:
         return TrainConfig(**values)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise CareHubError(f"an option has a value of the wrong kind ({error}).") from error
 
 
-@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.option("--config", "config_file", metavar="FILE.yaml", help="a YAML file that sets any option below; flags given by hand win")
+def _resumed(values: dict[str, Any]) -> dict[str, Any]:
+    """The options of the run to resume, changed only where a resumed run may change."""
+    saved = Path(values.get("save_root", TrainConfig.save_root)) / values["run_name"] / "config.yaml"
+    if not saved.is_file():
+        raise CareHubError(f"there is no run to resume at '{saved.parent}'.")
+    before = read_yaml(saved)
+    fixed = {f.name for f in dataclasses.fields(TrainConfig) if not f.metadata["changeable"]}
+    for name in values.keys() & fixed:
+        value = list(values[name]) if isinstance(values[name], tuple) else values[name]
+        if before.get(name) != value:
+            raise CareHubError(
+                f"`{name}` was {before.get(name)} in this run and can't become {value} when it is resumed; "
+                "start a new run for that."
+            )
+    return before | values
+
+
+@click.command(cls=Command, context_settings=SETTINGS)
+@click.option(
+    "--config", "config_file", metavar="FILE.yaml", help="a YAML file that sets any option; flags win"
+)
 @options_of(TrainConfig)
 @click.pass_context
-def train(context: click.Context, config_file: str | None, **values) -> None:
+def train(context: click.Context, config_file: str | None, **values: Any) -> None:
     """Train CARE, or its plain baseline, and export the encoder."""
-    by_hand = {k: v for k, v in values.items() if context.get_parameter_source(k) != click.core.ParameterSource.DEFAULT}
-    config = resolve(by_hand, config_file)
+    default = click.core.ParameterSource.DEFAULT
+    config = resolve(
+        {k: v for k, v in values.items() if context.get_parameter_source(k) != default}, config_file
+    )
     import torch.distributed
 
-    from .trainer import train as run
+    from .training.trainer import train as run_training
 
-    run(config)
+    run_training(config)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-@click.command("eval_linear", cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.command("eval_linear", cls=Command, context_settings=SETTINGS)
 @options_of(EvalConfig)
-def eval_linear(**values) -> None:
-    """Train a linear head on the frozen encoder's backbone features and save it. The last line is the result as JSON."""
+def eval_linear(**values: Any) -> None:
+    """Train a linear head on the frozen encoder's backbone features and save it.
+
+    The last line is the result as JSON.
+    """
     config = EvalConfig(**values)
     from .evaluate.commands import evaluate
 
-    if result := evaluate(config):
+    _print_json(evaluate(config))
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    """The result, on the process that has one."""
+    if result:
         print(json.dumps(result))
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings=SETTINGS)
 @click.version_option(package_name="care-hub")
 def main() -> None:
     """Equivariant image embeddings."""
 
 
 @main.command()
-@click.argument("pictures", type=click.Path())
-@click.option("--encoder", required=True, help="a run folder, an export folder, a registry name or a Hub id")
-@click.option("-o", "--output", required=True, type=click.Path(), help="a .parquet, .safetensors or .npy file")
+@click.argument("images", type=click.Path())
+@click.option("--encoder", required=True, help=SOURCE)
+@click.option(
+    "-o", "--output", required=True, type=click.Path(), help="a .parquet, .safetensors or .npy file"
+)
 @click.option(
     "--space",
     type=click.Choice(["projection", "backbone"]),
@@ -123,87 +242,95 @@ def main() -> None:
     help="unit vectors that rotate, or raw features for probes",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--skip-broken-images", "skip_broken", is_flag=True, help="name broken pictures and leave them out instead of stopping")
-def embed(pictures: str, **options) -> None:
-    """Turn a folder of PICTURES (or one picture) into embeddings. Typed again after a break it goes on where it was."""
-    from .embeddings import embed as run
+@click.option(
+    "--skip-broken-images", is_flag=True, help="name broken images and leave them out instead of stopping"
+)
+def embed(images: str, **options: Any) -> None:
+    """Turn a folder of IMAGES (or one image) into embeddings. The same command resumes after a break."""
+    from .embed_folder import embed_folder
 
-    if said := run(pictures, **options):
-        print(said)
+    if summary := embed_folder(images, **options):
+        print(summary)
 
 
-def data_options(command):
-    """Which pictures to measure on; named and meant as in train.py."""
-    options = [
-        click.option("--dataset-name", required=True, help="as in train.py"),
-        click.option("--data-root", help="a local copy of it"),
-        click.option("--image-column", help="the column with the pictures, where it has an unusual name"),
-        click.option("--label-column", help="the column with the labels, where it has an unusual name"),
-        click.option("--num-workers", "workers", type=click.IntRange(min=0), default=2, show_default=True, help="loader processes"),
-        click.option("--skip-broken-images", "skip_broken", is_flag=True, help="count and name broken pictures instead of stopping"),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+def split_data_options(options: dict[str, Any]) -> DataConfig:
+    """The data set among the options of a command, which keeps the rest."""
+    return DataConfig(**{f.name: options.pop(f.name) for f in dataclasses.fields(DataConfig)})
 
 
 @main.command()
 @click.argument("encoder")
-@data_options
-@click.option("--k", type=click.IntRange(min=1), default=200, show_default=True, help="neighbours that vote")
+@options_of(DataConfig)
+@click.option("--k", type=click.IntRange(min=1), default=200, show_default=True, help="neighbors that vote")
 @click.option(
-    "--temperature", type=click.FloatRange(min=0, min_open=True), default=0.5, show_default=True, help="votes weigh e^(similarity / t)"
+    "--temperature",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="votes weigh e^(similarity / t)",
 )
-@click.option("--bank", type=click.IntRange(min=1), help="so many training pictures vote (default: all)")
-def knn(encoder: str, dataset_name: str, **options) -> None:
-    """Weighted kNN on ENCODER's backbone features, kept in its card. The last line is the result as JSON."""
-    from .evaluate.commands import knn as run
+@click.option("--bank", type=click.IntRange(min=1), help="so many training images vote (default: all)")
+def knn(encoder: str, **options: Any) -> None:
+    """Weighted kNN on ENCODER's backbone features, saved in its card. The last line is the result as JSON."""
+    from .evaluate.commands import evaluate_knn
 
-    if result := run(encoder, dataset_name, **options):
-        print(json.dumps(result))
+    _print_json(evaluate_knn(encoder, split_data_options(options), **options))
 
 
 @main.command()
 @click.argument("encoders", nargs=-1, required=True)
-@data_options
+@options_of(DataConfig)
 @click.option(
-    "--images", type=click.IntRange(min=4), default=2000, show_default=True, help="test pictures, half to fit and half to measure"
+    "--images",
+    type=click.IntRange(min=4),
+    default=2000,
+    show_default=True,
+    help="test images, half to fit and half to measure",
 )
-@click.option("--draws", type=click.IntRange(min=1), default=16, show_default=True, help="augmentations of each family")
-@click.option("--seed", type=int, default=0, show_default=True, help="seed of the augmentations and of the bootstrap")
-@click.option("-o", "--output", type=click.Path(), help="a folder for equivariance.json and figures, all encoders side by side")
-def equivariance(encoders: tuple[str, ...], dataset_name: str, **options) -> None:
-    """How far augmentations act as rotations on the embeddings of ENCODERS, and what those keep; kept in their cards."""
-    from . import report
-    from .evaluate.commands import equivariance as run
+@click.option(
+    "--draws", type=click.IntRange(min=1), default=16, show_default=True, help="augmentations of each family"
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="seed of the augmentations and of the bootstrap"
+)
+@click.option(
+    "-o", "--output", type=click.Path(), help="a folder for equivariance.json and figures of all encoders"
+)
+def equivariance(encoders: tuple[str, ...], **options: Any) -> None:
+    """How far augmentations act as rotations on the embeddings of ENCODERS; saved in their cards."""
+    from .evaluate.commands import evaluate_equivariance
+    from .report.tables import geometry_text
 
-    print(report.geometry(run(encoders, dataset_name, **options)))
+    if results := evaluate_equivariance(encoders, split_data_options(options), **options):
+        print(geometry_text(results))
 
 
 @main.command()
 @click.argument("checkpoint", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--dataset-name", help="what it was trained on, where the checkpoint does not say (sets the normalisation)")
+@click.option(
+    "--dataset-name", help="what it was trained on, where the checkpoint does not say: its normalization"
+)
 def convert(checkpoint: str, out: str, dataset_name: str | None) -> None:
     """Turn a CHECKPOINT.pth.tar of the public CARE code into the export folder OUT."""
-    from .convert import convert as run
+    from .convert import convert_checkpoint
 
-    print(f"encoder written to {run(checkpoint, out, dataset_name)}")
+    print(f"encoder written to {convert_checkpoint(checkpoint, out, dataset_name)}")
 
 
 @main.command()
-@click.argument("pictures", type=click.Path())
-@click.option("--encoder", required=True, help="a run folder, an export folder, a registry name or a Hub id")
+@click.argument("images", type=click.Path())
+@click.option("--encoder", required=True, help=SOURCE)
 @click.option("--dataset", help="which of its linear heads, where it has several")
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
-def classify(pictures: str, encoder: str, dataset: str | None, batch_size: int) -> None:
-    """Name the class of each of PICTURES (a folder or one picture): path, label and probability, separated by tabs."""
-    from .classifier import load_classifier
-    from .data.pictures import named
+def classify(images: str, encoder: str, dataset: str | None, batch_size: int) -> None:
+    """Name the class of each of IMAGES (a folder or one image): path, label, probability, in columns."""
+    from .data.decode import list_images
+    from .factory import load_classifier
 
-    found, names = named(pictures)
-
-    labels, probabilities = load_classifier(encoder, dataset).classify(found, batch_size, progress=sys.stderr.isatty())
+    found, names = list_images(images)
+    classifier = load_classifier(encoder, dataset)
+    labels, probabilities = classifier.classify(found, batch_size, progress=sys.stderr.isatty())
     for name, label, row in zip(names, labels, probabilities, strict=True):
         print(f"{name}\t{label}\t{row.max():.4f}")
 
@@ -212,30 +339,35 @@ def classify(pictures: str, encoder: str, dataset: str | None, batch_size: int) 
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 @click.option("-o", "--output", default="report.html", show_default=True, type=click.Path(), help="the page")
 def report(runs: tuple[str, ...], output: str) -> None:
-    """Put the run folders RUNS side by side on one self-contained HTML page: results, curves, geometry, neighbours."""
-    from .page import write
+    """Compare the run folders RUNS on one self-contained HTML page: results, curves, geometry, neighbors."""
+    from .report.page import write_page
 
-    print(f"the page is {write(list(runs), output)}")
+    print(f"the page is {write_page(list(runs), output)}")
 
 
 @main.command("list")
 @click.argument("wildcard", default="")
 @click.option("--pretrained", is_flag=True, help="encoders that load by name")
 @click.option("--hub", is_flag=True, help="CARE repositories on the Hub")
-@click.option("--author", help="with --hub: of this person or organisation")
+@click.option("--author", help="with --hub: of this user or organization")
 def list_command(wildcard: str, pretrained: bool, hub: bool, author: str | None) -> None:
     """Show names that match WILDCARD: without an option the package's encoders and architectures."""
-    from .registry import entries, list_models
+    from .factory import list_models
+    from .hub.registry import entries
+    from .models import SMALL
 
     if hub:
         rows = list_models(wildcard, hub=True, author=author)
     else:
         rows = [_entry_line(entries()[name]) for name in list_models(wildcard, pretrained=True)]
         if not pretrained:
-            from .models import SMALL
-
             rows += [f"{name}  (architecture)" for name in list_models(wildcard) if name in SMALL]
     print("\n".join(rows) if rows else "nothing found")
+
+
+def _entry_line(entry: Any) -> str:
+    metrics = ", ".join(f"{k} {v:.1f} %" for k, v in entry.metrics.items())
+    return f"{entry.name}  ({', '.join(filter(None, (entry.repo_id, metrics, entry.license)))})"
 
 
 @main.command()
@@ -243,18 +375,21 @@ def list_command(wildcard: str, pretrained: bool, hub: bool, author: str | None)
 @click.option("--revision", help="a branch, tag or commit on the Hub")
 def info(source: str, revision: str | None) -> None:
     """Say what the encoder SOURCE (a folder, a registry name or a Hub id) is and how good; as JSON."""
-    from .classifier import LinearHead, heads
-    from .evaluate import record
-    from .export import read_config
-    from .registry import locate
+    from .hub.evaluation_record import read_record
+    from .hub.export import read_config
+    from .hub.linear_head import LinearHead, head_files
+    from .hub.registry import locate
 
     folder = locate(source, revision=revision)
-    config = read_config(folder)
-    care = {k: v for k, v in config["care"].items() if k not in ("training",)}
-    loaded = [LinearHead.load(path) for path in heads(folder)]
-    care["accuracy"] = record.read(folder).get("accuracy", {})
-    care["linear_heads"] = {head.dataset: head.metrics | {"classes": len(head.class_names)} for head in loaded}
-    print(json.dumps({"architecture": config["architecture"], "num_features": config["num_features"]} | care, indent=2))
+    config, stored = read_config(folder)
+    about = {key: stored[key] for key in ("architecture", "num_features")}
+    about |= {k: v for k, v in config.to_json().items() if k != "training"}
+    about["accuracy"] = read_record(folder).get("accuracy", {})
+    heads = [LinearHead.load(path) for path in head_files(folder)]
+    about["linear_heads"] = {
+        head.dataset: head.metrics | {"classes": len(head.class_names)} for head in heads
+    }
+    print(json.dumps(about, indent=2))
 
 
 @main.command()
@@ -264,13 +399,8 @@ def info(source: str, revision: str | None) -> None:
 @click.option("--revision", help="a branch, made if need be")
 @click.option("--create-pr", is_flag=True, help="open a pull request instead of committing")
 @click.option("--commit-message")
-def push(folder: str, repository: str, **options) -> None:
+def push(folder: str, repository: str, **options: Any) -> None:
     """Upload the export in FOLDER (or a run's) to ORG/NAME on the Hub, with its model card."""
-    from .hub import push as run
+    from .factory import push_export
 
-    print(run(folder, repository, **options))
-
-
-def _entry_line(entry) -> str:
-    metrics = ", ".join(f"{k} {v:.1f} %" for k, v in entry.metrics.items())
-    return f"{entry.name}  ({', '.join(filter(None, (entry.repo_id, metrics, entry.license)))})"
+    print(push_export(folder, repository, **options))

@@ -1,94 +1,182 @@
-"""The one dataclass of options. Command line, YAML, checkpoints and model cards all read it.
+"""All options, each described once, and the record of an encoder.
 
-The defaults are those of recipes/shapes.yaml.
+Command line, YAML, checkpoints and model cards read them. The defaults are those of
+recipes/shapes.yaml.
 """
 
 import dataclasses
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from .errors import CareHubError, suggest
 
 
-def option(default, help: str, choices: tuple[str, ...] = ()) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(
+    group: str,
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    changeable: bool = False,
+    published: bool = True,
+    formerly: str = "",
+) -> Any:
+    """A dataclass field that is an option, with all that anyone needs to know about it.
+
+    `group`: its heading in `--help`. `default`: an empty string means that it must be given.
+    `changeable`: may differ when a run is resumed. `published`: part of a run's public record.
+    `formerly`: another name under which files and command lines may give it.
+    """
+    about = {"group": group, "help": help, "choices": choices, "changeable": changeable}
+    return field(default=default, metadata=about | {"published": published, "formerly": formerly})
+
+
+_data, _model, _method, _augmentation, _optimization, _run, _probe = (
+    partial(option, group)
+    for group in ("Data", "Model", "Method", "Augmentation", "Optimization", "Run", "Evaluation")
+)
 
 
 @dataclass
-class TrainConfig:
-    # data
-    dataset_name: str = option("shapes", "shapes (embedded), cifar10, cifar100, stl10, imagenet100, imagefolder, or org/name on the Hub")
-    data_root: str | None = option(None, "a local copy: a folder in the Hub's parquet layout, or class folders; nothing is downloaded then")
-    image_column: str | None = option(None, "the column with the pictures, where it has an unusual name")
-    label_column: str | None = option(None, "the column with the labels, where it has an unusual name")
-    image_size: int | None = option(None, "side of the views in pixels (default: the data set's own)")
-    skip_broken_images: bool = option(False, "count and name pictures that can't be decoded instead of stopping")
-    num_workers: int = option(2, "loader processes, for data sets too large to be held in memory")
-    # model
-    model: str = option("resnet10_w16_small", "any timm backbone; small-image stems as resnet18_cifar, resnet50_cifar, ...")
-    projection_hidden: int = option(512, "hidden width of the projection head")
-    projection_dim: int = option(128, "dimension of the sphere on which rotations act")
-    projection_norm: bool = option(True, "BatchNorm in the projection head")
-    # method
-    method: str = option("simclr", "simclr or moco", ("simclr", "moco"))
-    weight: float = option(1.5, "lambda, the weight of the equivariance loss; 0 = the plain method")
-    weight_warmup_epochs: float = option(12, "epochs over which lambda grows from 0 to --weight; early on it would slow the learning")
-    train_simclr: bool = option(False, "the plain method, as --weight 0")
-    equiv_splits: int = option(8, "groups in the global batch; the images of a group share one augmentation")
-    equivariant_batch_size: int | None = option(None, "how much of the global batch the equivariance loss sees (default: all of it)")
-    loss_subtype: str = option(
-        "infonce", "contrastive part: infonce, alignment, uniformity, none", ("infonce", "alignment", "uniformity", "none")
+class DataConfig:
+    """Which data set, and how it is read."""
+
+    dataset_name: str = _data(
+        "", "shapes (embedded), cifar10, cifar100, stl10, imagenet100, imagefolder, or org/name on the Hub"
     )
-    augmentation_scope: str = option(
-        "group", "group: one draw per group; batch: one pair a step, as the public code does in effect", ("group", "batch")
+    data_root: str | None = _data(
+        None,
+        "a local copy: a folder in the Hub's parquet layout, or class folders; nothing is downloaded then",
+        changeable=True,
+        published=False,
     )
-    views: str = option(
-        "separate",
-        "separate: a second pair of views for equivariance; shared: one pair for both losses, drawn per group in that part "
-        "of the batch which --equivariant-batch-size gives, per image in the rest",
-        ("separate", "shared"),
+    image_column: str | None = _data(None, "the column with the images, where it has an unusual name")
+    label_column: str | None = _data(None, "the column with the labels, where it has an unusual name")
+    num_workers: int = _data(
+        2, "loader processes, for data sets too large for memory", changeable=True, published=False
     )
-    queue_size: int | None = option(None, "MoCo: keys in the queue (default: 65,536, at most half the data set, a multiple of the batch)")
-    momentum_encoder: float = option(0.99, "MoCo: momentum of the key encoder")
-    temperature: float = option(0.2, "temperature of InfoNCE")
-    # augmentation
-    crop_scale: float = option(0.4, "smallest crop, as a fraction of the picture's area")
-    jitter: tuple[float, float, float, float] = option((0.3, 0.3, 0.3, 0.5), "colour jitter: brightness, contrast, saturation, hue")
-    jitter_p: float = option(0.8, "probability of colour jitter")
-    greyscale: float = option(0.1, "probability of greyscale")
-    blur: float = option(0.2, "probability of Gaussian blur")
-    equivariance_crop: bool = option(True, "crop the views drawn per group too; without, they show the central crop")
-    blur_taps: int = option(3, "width of the blur kernel in pixels, odd")
-    # optimisation
-    epochs: int = option(12, "passes over the training images")
-    batch_size: int = option(64, "images per micro-batch over all processes together")
-    gradient_accumulation: int = option(1, "micro-batches averaged per optimiser step; negatives and groups are those of one micro-batch")
-    optimizer: str = option("sgd", "adam, adamw, sgd or lars", ("adam", "adamw", "sgd", "lars"))
-    lr: float = option(0.2, "peak learning rate")
-    weight_decay: float = option(5e-4, "weight decay")
-    momentum: float = option(0.9, "momentum of sgd and lars")
-    lr_schedule_type: str = option("cosine", "constant or cosine, per step", ("constant", "cosine"))
-    warmup_epochs: float = option(1, "epochs of linear warm-up")
-    seed: int = option(0, "seed of weights, data order and every augmentation")
-    mixed_precision: str = option("auto", "auto: bf16 where the matrix units have it; no, bf16, fp16", ("auto", "no", "bf16", "fp16"))
-    compile: bool = option(False, "torch.compile the network")
-    # run
-    max_steps: int | None = option(None, "stop and export after so many optimiser steps")
-    knn_every: int | None = option(None, "epochs between kNN checks, 0 = never (default: 5; with --max-steps 0)")
-    knn_bank: int = option(5000, "images in the bank of the kNN check")
-    checkpoint_every: int | None = option(None, "steps between checkpoints (default: an epoch)")
-    save_root: str = option("runs", "where run folders are made")
-    run_name: str | None = option(None, "name of the run folder (default: <dataset>-<method>-<first free number>)")
-    resume: bool = option(False, "go on from the newest complete checkpoint of --run-name")
-    log_with: str = option("none", "none, tensorboard or wandb", ("none", "tensorboard", "wandb"))
-    push_to_hub: str | None = option(None, "ORG/NAME: push the export there when training ends; token and name are checked before")
-    dry_run: bool = option(False, "print the plan and stop")
+    skip_broken_images: bool = _data(False, "count and name images that can't be decoded instead of stopping")
 
     def __post_init__(self) -> None:
         check_choices(self)
-        self.jitter = tuple(self.jitter)
+        check_numbers(self, at_least_0=("num_workers",))
+
+
+@dataclass
+class TrainConfig(DataConfig):
+    """Options of train.py and of `care_hub.train`. Raises CareHubError for values that can't work."""
+
+    dataset_name: str = _data("shapes", DataConfig.__dataclass_fields__["dataset_name"].metadata["help"])
+    image_size: int | None = _data(None, "side of the views in pixels (default: the data set's own)")
+
+    model: str = _model(
+        "resnet10_w16_small", "any timm backbone; small-image stems as resnet18_cifar, resnet50_cifar, ..."
+    )
+    projection_hidden: int = _model(512, "hidden width of the projection head")
+    projection_dim: int = _model(128, "dimension of the sphere on which rotations act")
+    projection_norm: bool = _model(True, "BatchNorm in the projection head")
+
+    method: str = _method("simclr", "simclr or moco", ("simclr", "moco"))
+    weight: float = _method(1.5, "lambda, the weight of the equivariance loss; 0 = the plain method")
+    weight_warmup_epochs: float = _method(
+        12, "epochs over which lambda grows from 0 to --weight; large early on, it would slow the learning"
+    )
+    train_simclr: bool = _method(False, "the plain method, as --weight 0")
+    equiv_splits: int = _method(8, "groups in the global batch; the images of a group share one augmentation")
+    equivariant_batch_size: int | None = _method(
+        None, "how much of the global batch the equivariance loss sees (default: all of it)"
+    )
+    loss_subtype: str = _method(
+        "infonce",
+        "contrastive part: infonce, alignment, uniformity, none",
+        ("infonce", "alignment", "uniformity", "none"),
+    )
+    augmentation_scope: str = _method(
+        "group",
+        "group: one augmentation per group; batch: one pair a step, as the public code does in effect",
+        ("group", "batch"),
+    )
+    views: str = _method(
+        "separate",
+        "separate: a second pair of views for equivariance; shared: one pair for both losses, sampled "
+        "per group in the part of the batch that --equivariant-batch-size gives, per image in the rest",
+        ("separate", "shared"),
+    )
+    queue_size: int | None = _method(
+        None, "MoCo: keys in the queue (default: 65,536, at most half the data set, a multiple of the batch)"
+    )
+    momentum_encoder: float = _method(0.99, "MoCo: momentum of the key encoder")
+    temperature: float = _method(0.2, "temperature of InfoNCE")
+
+    crop_scale: float = _augmentation(0.4, "smallest crop, as a fraction of the image's area")
+    jitter: tuple[float, float, float, float] = _augmentation(
+        (0.3, 0.3, 0.3, 0.5), "color jitter: brightness, contrast, saturation, hue"
+    )
+    jitter_p: float = _augmentation(0.8, "probability of color jitter")
+    grayscale: float = _augmentation(0.1, "probability of grayscale", formerly="greyscale")
+    blur: float = _augmentation(0.2, "probability of Gaussian blur")
+    blur_kernel_size: int = _augmentation(3, "width of the blur kernel in pixels, odd", formerly="blur_taps")
+    equivariance_crop: bool = _augmentation(
+        True, "crop the equivariance views too; without, they show the central crop"
+    )
+
+    epochs: int = _optimization(12, "passes over the training images")
+    batch_size: int = _optimization(64, "images per micro-batch over all processes together")
+    gradient_accumulation: int = _optimization(
+        1, "micro-batches averaged per optimizer step; negatives and groups are those of one micro-batch"
+    )
+    optimizer: str = _optimization("sgd", "adam, adamw, sgd or lars", ("adam", "adamw", "sgd", "lars"))
+    lr: float = _optimization(0.2, "peak learning rate")
+    weight_decay: float = _optimization(5e-4, "weight decay")
+    momentum: float = _optimization(0.9, "momentum of sgd and lars")
+    lr_schedule_type: str = _optimization("cosine", "constant or cosine, per step", ("constant", "cosine"))
+    warmup_epochs: float = _optimization(1, "epochs of linear warm-up")
+    seed: int = _optimization(0, "seed of weights, data order and every augmentation")
+    mixed_precision: str = _optimization(
+        "auto", "auto: bf16 where the matrix units have it; no, bf16, fp16", ("auto", "no", "bf16", "fp16")
+    )
+    compile: bool = _optimization(False, "torch.compile the network", changeable=True)
+
+    max_steps: int | None = _run(None, "stop and export after so many optimizer steps", changeable=True)
+    knn_every: int | None = _run(
+        None, "epochs between kNN checks, 0 = never (default: 5; with --max-steps 0)", changeable=True
+    )
+    knn_bank: int = _run(5000, "images in the bank of the kNN check")
+    checkpoint_every: int | None = _run(
+        None, "steps between checkpoints (default: an epoch)", changeable=True
+    )
+    save_root: str = _run("runs", "where run folders are made", changeable=True, published=False)
+    run_name: str | None = _run(
+        None,
+        "name of the run folder (default: <dataset>-<method>-<first free number>)",
+        changeable=True,
+        published=False,
+    )
+    resume: bool = _run(
+        False, "resume from the newest complete checkpoint of --run-name", changeable=True, published=False
+    )
+    log_with: str = _run(
+        "none",
+        "none, tensorboard or wandb",
+        ("none", "tensorboard", "wandb"),
+        changeable=True,
+        published=False,
+    )
+    push_to_hub: str | None = _run(
+        None,
+        "ORG/NAME: push the export there when training ends; token and name are checked before",
+        changeable=True,
+        published=False,
+    )
+    dry_run: bool = _run(False, "print the plan and stop", changeable=True, published=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        brightness, contrast, saturation, hue = self.jitter  # a list where it comes from YAML
+        self.jitter = (brightness, contrast, saturation, hue)
         if self.knn_every is None:
             self.knn_every = 0 if self.max_steps else 5
         if self.train_simclr:
@@ -96,38 +184,35 @@ class TrainConfig:
         self._check()
 
     def _check(self) -> None:
-        positive = (
-            "batch_size",
-            "gradient_accumulation",
-            "epochs",
-            "equiv_splits",
-            "temperature",
-            "projection_dim",
-            "projection_hidden",
-            "knn_bank",
+        check_numbers(
+            self,
+            positive=(
+                *("batch_size", "gradient_accumulation", "epochs", "equiv_splits", "temperature"),
+                *("projection_dim", "projection_hidden", "knn_bank", "max_steps", "checkpoint_every"),
+                "image_size",
+            ),
+            at_least_0=("weight", "lr", "weight_decay", "warmup_epochs", "weight_warmup_epochs", "knn_every"),
         )
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise CareHubError(f"{flag(name)} must be positive, got {getattr(self, name)}.")
-        for name in ("weight", "lr", "weight_decay", "warmup_epochs", "weight_warmup_epochs", "knn_every", "num_workers"):
-            if getattr(self, name) < 0:
-                raise CareHubError(f"{flag(name)} can't be negative, got {getattr(self, name)}.")
-        for name in ("max_steps", "checkpoint_every", "image_size"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise CareHubError(f"{flag(name)} must be positive, got {getattr(self, name)}.")
-        if self.blur_taps % 2 == 0:
-            raise CareHubError(f"--blur-taps must be odd, got {self.blur_taps}.")
+        if self.blur_kernel_size % 2 == 0:
+            raise CareHubError(f"`blur_kernel_size` must be odd, got {self.blur_kernel_size}.")
         if self.resume and not self.run_name:
-            raise CareHubError("--resume needs --run-name, the folder to go on with.")
+            raise CareHubError("`resume` needs `run_name`, the name of the run to resume.")
         if self.weight == 0 and self.loss_subtype == "none":
-            raise CareHubError("--loss-subtype none with --weight 0 leaves no loss at all; give one of them a value.")
+            raise CareHubError(
+                "`loss_subtype='none'` with `weight=0` leaves no loss at all; change one of them."
+            )
         if not 0 <= self.momentum_encoder <= 1:
-            raise CareHubError(f"--momentum-encoder must lie in [0, 1], got {self.momentum_encoder}.")
+            raise CareHubError(f"`momentum_encoder` must lie in [0, 1], got {self.momentum_encoder}.")
         if self.method == "moco" and self.loss_subtype != "infonce":
-            raise CareHubError(f"--loss-subtype {self.loss_subtype} is a part of SimCLR's loss; with --method moco use infonce.")
+            raise CareHubError(
+                f"`loss_subtype='{self.loss_subtype}'` is a part of SimCLR's loss; "
+                "with `method='moco'` use infonce."
+            )
         if self.queue_size is not None and (self.queue_size <= 0 or self.queue_size % self.batch_size):
             near = max(1, round(self.queue_size / self.batch_size)) * self.batch_size
-            raise CareHubError(f"--queue-size {self.queue_size} is not a multiple of --batch-size; the nearest that is: {near}.")
+            raise CareHubError(
+                f"`queue_size={self.queue_size}` is not a multiple of `batch_size`; the nearest is {near}."
+            )
         if self.weight:
             self._check_groups()
 
@@ -136,25 +221,31 @@ class TrainConfig:
         if self.batch_size % part:
             near = nearest_divisor(self.batch_size, part)
             raise CareHubError(
-                f"--equivariant-batch-size {part} does not divide --batch-size {self.batch_size}; the nearest that does is {near}."
+                f"`equivariant_batch_size={part}` does not divide `batch_size={self.batch_size}`; "
+                f"the nearest that does is {near}."
             )
         if part % self.equiv_splits or part // self.equiv_splits < 2:
             near = nearest_divisor(part, self.equiv_splits, most=part // 2)
             raise CareHubError(
-                f"{part} images can't be cut into --equiv-splits {self.equiv_splits} equal groups of at least 2; "
-                f"the nearest that works is {near}."
+                f"{part} images can't be cut into `equiv_splits={self.equiv_splits}` equal groups "
+                f"of at least 2; the nearest that works is {near}."
             )
 
     def check_processes(self, count: int) -> None:
         """Raise CareHubError if the batch or its groups can't be spread over `count` processes."""
-        for name in ("batch_size", *(("equiv_splits",) if self.weight else ())):
+        for name in ("batch_size", "equiv_splits") if self.weight else ("batch_size",):
             value = getattr(self, name)
             if value % count:
                 near = max(count, round(value / count) * count)
-                raise CareHubError(f"{flag(name)} {value} does not divide among {count} processes; the nearest that does is {near}.")
+                raise CareHubError(
+                    f"`{name}={value}` does not divide among {count} processes; "
+                    f"the nearest that does is {near}."
+                )
 
     def queue_for(self, images: int) -> int:
-        """Size of MoCo's queue for so many training images: a longer one would hold the image's own older keys."""
+        """Size of MoCo's queue for so many training images: a longer one would hold an image's own
+        keys.
+        """
         return self.queue_size or max(1, min(65536, images // 2) // self.batch_size) * self.batch_size
 
     @property
@@ -163,140 +254,194 @@ class TrainConfig:
         return self.batch_size // (self.equivariant_batch_size or self.batch_size)
 
     @property
-    def label(self) -> str:
-        """The method's name for people."""
+    def method_name(self) -> str:
+        """The method as it is called in text."""
         return f"CARE-{self.method}" if self.weight else self.method
+
+    def published(self) -> dict[str, Any]:
+        """The options that mean something elsewhere, for a run's public record."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["published"]}
 
 
 @dataclass
-class EvalConfig:
-    """Options of eval_linear.py."""
+class EvalConfig(DataConfig):
+    """Options of eval_linear.py. Raises CareHubError for values that can't work."""
 
-    encoder: str = option("", "a run folder, an export folder, a registry name or a Hub id")
-    dataset_name: str = option("", "as in train.py")
-    data_root: str | None = option(None, "a local copy of it")
-    image_column: str | None = option(None, "the column with the pictures, where it has an unusual name")
-    label_column: str | None = option(None, "the column with the labels, where it has an unusual name")
-    num_workers: int = option(2, "loader processes, for large data sets")
-    skip_broken_images: bool = option(False, "count and name pictures that can't be decoded instead of stopping")
-    protocol: str = option(
-        "lbfgs", "lbfgs: the optimum, its penalty chosen on training images; sgd: the published schedule, on features computed once; "
-        "finetune: backbone and head together", ("lbfgs", "sgd", "finetune"),
-    )  # fmt: skip
-    optimizer: str = option("adam", "of --protocol sgd: adam as published for CIFAR and STL-10, sgd as for ImageNet-100", ("adam", "sgd"))
-    lr: float | None = option(None, "learning rate (default: the published one; 0.02 for finetune)")
-    epochs: int | None = option(None, "epochs (default: 100 of sgd, 10 of finetune)")
-    augmented_copies: int = option(0, "of --protocol sgd: train on so many augmented copies of the features, in turn")
-    label_fraction: float = option(1.0, "train on this part of the labels of each class: 0.01, 0.1")
-    seed: int = option(0, "seed of whatever is drawn: validation split, subset of labels, order")
-    seeds: int = option(1, "repeat with so many seeds from --seed on; mean and standard deviation are shown")
-    output_dir: str | None = option(None, "where encoder and head go (default: the head goes beside the encoder)")
-    push_to_hub: str | None = option(None, "ORG/NAME: push encoder, head and card there")
+    encoder: str = _probe("", "a run folder, an export folder, a registry name or a Hub id")
+    protocol: str = _probe(
+        "lbfgs",
+        "lbfgs: the optimum, its penalty chosen on training images; sgd: the published schedule, on features "
+        "computed once; finetune: backbone and head together",
+        ("lbfgs", "sgd", "finetune"),
+    )
+    optimizer: str = _probe(
+        "adam",
+        "of --protocol sgd: adam as published for CIFAR and STL-10, sgd as for ImageNet-100",
+        ("adam", "sgd"),
+    )
+    lr: float | None = _probe(None, "learning rate (default: the published one; 0.02 for finetune)")
+    epochs: int | None = _probe(None, "epochs (default: 100 of sgd, 10 of finetune)")
+    augmented_copies: int = _probe(
+        0, "of --protocol sgd: train on so many augmented copies of the features, in turn"
+    )
+    label_fraction: float = _probe(1.0, "train on this part of the labels of each class: 0.01, 0.1")
+    seed: int = _probe(0, "seed of whatever is sampled: validation split, subset of labels, order")
+    seeds: int = _probe(1, "repeat with so many seeds from --seed on; mean and standard deviation are shown")
+    output_dir: str | None = _probe(
+        None, "where encoder and head are saved (default: the head, beside the encoder)"
+    )
+    push_to_hub: str | None = _probe(None, "ORG/NAME: push encoder, head and card there")
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         for name in ("encoder", "dataset_name"):
             if not getattr(self, name):
-                raise CareHubError(f"{flag(name)} is missing.")
-        self.epochs = {"sgd": 100, "finetune": 10}.get(self.protocol, 1) if self.epochs is None else self.epochs
-        for name in ("epochs", "seeds"):
-            if getattr(self, name) <= 0:
-                raise CareHubError(f"{flag(name)} must be positive, got {getattr(self, name)}.")
+                raise CareHubError(f"`{name}` is missing.")
+        if self.epochs is None:
+            self.epochs = {"sgd": 100, "finetune": 10}.get(self.protocol, 1)
+        check_numbers(self, positive=("epochs", "seeds"), at_least_0=("augmented_copies",))
         if not 0 < self.label_fraction <= 1:
-            raise CareHubError(f"--label-fraction must lie in (0, 1], got {self.label_fraction}.")
+            raise CareHubError(f"`label_fraction` must lie in (0, 1], got {self.label_fraction}.")
         if self.augmented_copies and self.protocol != "sgd":
-            raise CareHubError("--augmented-copies belongs to --protocol sgd.")
-        if self.augmented_copies < 0:
-            raise CareHubError(f"--augmented-copies can't be negative, got {self.augmented_copies}.")
+            raise CareHubError("`augmented_copies` belongs to `protocol='sgd'`.")
         if self.protocol == "finetune" and not self.output_dir:
-            raise CareHubError("fine-tuning makes another encoder; say by --output-dir where it shall be saved.")
+            raise CareHubError("fine-tuning makes another encoder; say by `output_dir` where to save it.")
 
     @property
-    def label(self) -> str:
-        """The protocol's name for people."""
-        name = {"lbfgs": "linear probe", "sgd": f"linear probe ({self.optimizer})", "finetune": "fine-tuned"}[self.protocol]
-        return name if self.label_fraction == 1 else f"{name}, {100 * self.label_fraction:g} % of the labels"
+    def protocol_name(self) -> str:
+        """The protocol as it is called in text."""
+        names = {"lbfgs": "linear probe", "sgd": f"linear probe ({self.optimizer})", "finetune": "fine-tuned"}
+        fraction = "" if self.label_fraction == 1 else f", {100 * self.label_fraction:g} % of the labels"
+        return names[self.protocol] + fraction
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What follows from the options and the size of the data."""
+class ProjectionConfig:
+    """Shape of a projection head: Linear - (BatchNorm) - ReLU - Linear."""
 
-    steps_per_epoch: int
-    steps: int  # the whole schedule
-    stop: int  # where this run ends
-    warmup: int  # of the learning rate
-    weight_warmup: int
+    inputs: int
+    hidden: int
+    outputs: int
+    norm: bool
+
+
+@dataclass
+class EncoderConfig:
+    """What rebuilds an encoder and where it comes from: the `care` object of an export's config.json."""
+
+    model: str
+    image_size: int  # side in pixels
+    crop_pct: float  # size of the central crop relative to the resized short side
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    projection: ProjectionConfig | None = None  # None: there is no head, hence no sphere
+    method: str | None = None
+    weight: float | None = None
+    groups: int | None = None
+    dataset: str | None = None
+    seed: int | None = None
+    training: dict[str, Any] = field(default_factory=dict)  # options of train.py
+    results: dict[str, float] = field(default_factory=dict)  # results.json
+    versions: dict[str, str] = field(default_factory=dict)
+    finetuned: str | None = None  # the data set whose labels were used
+    sha256: dict[str, str] = field(default_factory=dict)  # of the files beside config.json
+    extra: dict[str, Any] = field(default_factory=dict)  # what other versions or programs wrote
 
     @classmethod
-    def of(cls, config: TrainConfig, images: int) -> "Plan":
-        per_step = config.batch_size * config.gradient_accumulation
-        if images < per_step:
-            raise CareHubError(f"{images} training images are fewer than the {per_step} of one optimiser step; lower --batch-size.")
-        per_epoch = images // per_step
-        steps = config.epochs * per_epoch
-        return cls(
-            per_epoch,
-            steps,
-            min(steps, config.max_steps or steps),
-            round(config.warmup_epochs * per_epoch),
-            round(config.weight_warmup_epochs * per_epoch),
-        )
+    def from_json(cls, values: dict[str, Any]) -> "EncoderConfig":
+        """From the `care` object; former names of options are understood.
+
+        KeyError, TypeError or ValueError where it is none; `hub.export.read_config` says that in a
+        sentence.
+        """
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        given = {k: v for k, v in values.items() if k in known and v is not None}
+        given |= {"mean": tuple(values["mean"]), "std": tuple(values["std"])}
+        given["training"] = renamed_options(given.get("training", {}))
+        if head := given.get("projection"):
+            given["projection"] = ProjectionConfig(**head)
+        return cls(**given, extra={k: v for k, v in values.items() if k not in known})
+
+    def to_json(self) -> dict[str, Any]:
+        """The `care` object: what is not known is left out, but for the projection."""
+        values = dataclasses.asdict(self)
+        values |= {"mean": list(self.mean), "std": list(self.std), **values.pop("extra")}
+        return {k: v for k, v in values.items() if k == "projection" or v not in (None, {})}
 
 
-def check_choices(config) -> None:
+def check_choices(config: DataConfig) -> None:
+    """Raise CareHubError for a value that is not among its option's choices."""
     for f in dataclasses.fields(config):
         value, choices = getattr(config, f.name), f.metadata["choices"]
         if choices and value not in choices:
-            raise CareHubError(f"{flag(f.name)} can't be '{value}'{suggest(str(value), choices)}; choose from {', '.join(choices)}.")
+            raise CareHubError(
+                f"`{f.name}` can't be '{value}'{suggest(str(value), choices)}; "
+                f"choose from {', '.join(choices)}."
+            )
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def check_numbers(
+    config: DataConfig, positive: tuple[str, ...] = (), at_least_0: tuple[str, ...] = ()
+) -> None:
+    """Raise CareHubError for numbers out of range; None is left alone."""
+    for name in positive:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise CareHubError(f"`{name}` must be positive, got {value}.")
+    for name in at_least_0:
+        if getattr(config, name) < 0:
+            raise CareHubError(f"`{name}` can't be negative, got {getattr(config, name)}.")
 
 
 def nearest_divisor(number: int, wanted: int, most: int | None = None) -> int:
+    """The divisor of `number`, at most `most`, that is nearest to `wanted`."""
     divisors = [k for k in range(1, (most or number) + 1) if number % k == 0]
     return min(divisors, key=lambda k: (abs(k - wanted), k))
 
 
-def lr_at(step: int, total: int, warmup: int, peak: float, schedule: str) -> float:
-    """Learning rate of optimiser step `step` (from 0): linear warm-up, then constant or half a cosine down to 0."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if schedule == "constant":
-        return peak
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+def renamed_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Options by their names of today; what has no newer name stays.
+
+    >>> renamed_options({"greyscale": 0.1, "lr": 0.2})
+    {'grayscale': 0.1, 'lr': 0.2}
+    """
+    return {FORMER_NAMES.get(name, name): value for name, value in values.items()}
 
 
-def weight_at(step: int, warmup: int, weight: float) -> float:
-    """Lambda at optimiser step `step` (from 0): grows linearly over `warmup` steps, then stays."""
-    return weight * min(1.0, (step + 1) / warmup) if warmup else weight
+FORMER_NAMES = {
+    f.metadata["formerly"]: f.name for f in dataclasses.fields(TrainConfig) if f.metadata["formerly"]
+}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Options in a YAML file, by their names. Raises CareHubError for a missing or malformed file or an unknown option."""
-    import yaml
+    """Options in a YAML file, by their names; former names are understood.
 
+    Raises CareHubError for a missing or malformed file or an unknown option.
+    """
     try:
         data = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise CareHubError(f"the configuration '{path}' can't be read ({error.strerror}).") from error
     except yaml.YAMLError as error:
-        raise CareHubError(f"the configuration '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise CareHubError(f"the configuration '{path}' is not valid YAML: {reason}") from error
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise CareHubError(f"the configuration '{path}' must be a mapping of option names to values.")
     known = {f.name for f in dataclasses.fields(TrainConfig)}
-    data = {str(k).replace("-", "_"): v for k, v in data.items()}
+    data = renamed_options({str(k).replace("-", "_"): v for k, v in data.items()})
     for name in data:
         if name not in known:
-            raise CareHubError(f"the configuration '{path}' has an unknown option '{name}'{suggest(name, known)}.")
+            near = suggest(name, known)
+            raise CareHubError(f"the configuration '{path}' has an unknown option '{name}'{near}.")
     return data
 
 
-def write_yaml(path: str | Path, config: TrainConfig) -> None:
-    import yaml
+def to_yaml(config: TrainConfig) -> str:
+    """All options, as `read_yaml` reads them."""
+    return yaml.safe_dump(plain_values(dataclasses.asdict(config)), sort_keys=False)
 
-    data = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    Path(path).write_text(yaml.safe_dump(data, sort_keys=False))
+
+def plain_values(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as YAML and JSON write them: tuples as lists."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}

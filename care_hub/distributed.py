@@ -1,43 +1,62 @@
 """What makes many processes one: a gather and a BatchNorm through which gradients flow.
 
-Convention: every process computes the same loss L of the global batch, and DistributedDataParallel averages the
-gradients of W processes; so what leaves `gather` backwards is the sum over the processes, W times dL / dx.
+Convention: every process computes the same loss L of the global batch, and DistributedDataParallel
+averages the gradients of the W processes. So the gradient that leaves `gather` backwards is the sum over
+the processes, W times dL / dx.
 """
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+REPLACED = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)  # by their global twins
 
 
 def world() -> tuple[int, int]:
-    """(rank, number of processes)."""
+    """(rank, number of processes).
+
+    >>> world()
+    (0, 1)
+    """
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(world()[1])]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # Each process asks the others for the gradient of its own rows: one message where a ring takes many.
         parts = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(parts, grad.contiguous())  # one's own rows from everyone: one message where a ring takes many
+        dist.all_to_all_single(parts, grad.contiguous())
         return parts.unflatten(0, (world()[1], -1)).sum(0)
 
 
 def gather(x: Tensor) -> Tensor:
-    """(b, ...) of every process -> (W b, ...) in rank order, the same everywhere."""
+    """(b, ...) of every process -> (W b, ...) in rank order, the same everywhere; differentiable."""
     return x if world()[1] == 1 else _Gather.apply(x)
 
 
-class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the batch of all processes, for the CPU, where torch's SyncBatchNorm does not run."""
+class GlobalBatchNorm(_BatchNorm):
+    """BatchNorm over the batch of all processes, for the CPU, where torch's SyncBatchNorm does not run.
+
+    (b, C) or (b, C, ...) with the same b in every process. Affine, with running statistics.
+    """
+
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass
@@ -48,48 +67,91 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         axes = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
         y = x if x.dtype == torch.float64 else x.float()
-        count = y.numel() // y.shape[1] * world()[1]
-        local_var, local_mean = torch.var_mean(y, axes, correction=0)
-        means, variances = gather(torch.stack([local_mean, local_var])[None]).unbind(1)  # (W, C) each, equal counts
-        mean = means.mean(0)
-        var = (variances + (means - mean).square()).mean(0)  # Chan et al. 1979: exact, and no difference of large sums
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
+        mean, var = self._global_statistics(y, axes)
+        self._track(mean, var, count=y.numel() // y.shape[1] * world()[1])
         scale = (self.weight / (var + self.eps).sqrt()).view(shape)
         return ((y - mean.view(shape)) * scale + self.bias.view(shape)).to(x.dtype)
 
+    def _global_statistics(self, y: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
+        """(C,) mean and variance of all processes. Source: Chan et al. 1979 (no difference of large sums)."""
+        local_var, local_mean = torch.var_mean(y, axes, correction=0)
+        means, variances = gather(torch.stack([local_mean, local_var])[None]).unbind(1)  # (W, C) each
+        mean = means.mean(0)
+        return mean, (variances + (means - mean).square()).mean(0)
 
-class GlobalBatchNormAct(GlobalBatchNorm, BatchNormAct2d):
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
+        unbiased = var * (count / (count - 1))
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+
+
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """timm's BatchNormAct2d (BatchNorm, dropout, activation) over the batch of all processes."""
+
+    drop: nn.Module
+    act: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(GlobalBatchNorm.forward(self, x) if self.training else nn.BatchNorm2d.forward(self, x)))
+        return self.act(self.drop(super().forward(x)))
 
 
 def global_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Make every BatchNorm of `module` see the global batch; with one process nothing changes."""
+    """`module` with every BatchNorm seeing the global batch; with one process it stays as it is.
+
+    Parameters and buffers stay the same tensors under the same names. Modules inside are replaced in place;
+    a `module` that is a BatchNorm itself is returned replaced.
+    """
     if world()[1] == 1:
         return module
     if device.type != "cpu":
         return convert_sync_batchnorm(module)
-    twins = {nn.BatchNorm1d: GlobalBatchNorm, nn.BatchNorm2d: GlobalBatchNorm, BatchNormAct2d: GlobalBatchNormAct}
-    for child in module.modules():
-        child.__class__ = twins.get(type(child), type(child))  # the same parameters and buffers, another forward
+    return _replace_batch_norms(module)
+
+
+def _replace_batch_norms(module: nn.Module) -> nn.Module:
+    if isinstance(module, _BatchNorm) and type(module) in REPLACED:
+        return _global_twin(module)
+    for name, child in module.named_children():
+        setattr(module, name, _replace_batch_norms(child))
     return module
 
 
-def start():
-    """An accelerate.Accelerator for work without training, on all cores."""
-    from accelerate import Accelerator
+def _global_twin(norm: _BatchNorm) -> GlobalBatchNorm:
+    """A GlobalBatchNorm with the parameters and buffers of `norm`, the same tensors."""
+    twin = GlobalBatchNorm(norm.num_features, norm.eps, norm.momentum)
+    if isinstance(norm, BatchNormAct2d):
+        twin = GlobalBatchNormAct(norm.num_features, norm.eps, norm.momentum)
+        twin.drop, twin.act = norm.drop, norm.act
+    for name, parameter in norm.named_parameters(recurse=False):
+        setattr(twin, name, parameter)
+    for name, buffer in norm.named_buffers(recurse=False):
+        setattr(twin, name, buffer)
+    twin.training = norm.training
+    return twin
 
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    use_all_cores(accelerator.device)
-    return accelerator
+
+def inference_accelerator() -> Accelerator:
+    """An accelerate.Accelerator for work without training, on the CPU if there is no accelerator."""
+    return Accelerator(cpu=not torch.accelerator.is_available())
 
 
-def use_all_cores(device: torch.device) -> int:
-    """Share the cores among this machine's processes; `accelerate launch` and torchrun ask for one thread each."""
-    if device.type == "cpu" and int(os.environ.get("OMP_NUM_THREADS", "1") or 1) <= 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+def use_all_cores() -> int:
+    """Share the cores among this machine's processes; returns the threads of this one.
+
+    For a whole program alone: it changes the process. `accelerate launch` and torchrun ask for one thread
+    each; a larger OMP_NUM_THREADS is left as it is, and so is everything where there is an accelerator.
+    """
+    one_thread = int(os.environ.get("OMP_NUM_THREADS", "1") or 1) <= 1
+    if one_thread and not torch.accelerator.is_available():
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, _usable_cores() // processes))
     return torch.get_num_threads()
+
+
+def _usable_cores() -> int:
+    """Cores that this process may use; systems without affinity say how many there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,7 +1,8 @@
-"""The losses of CARE as pure functions of embeddings.
+"""The losses of CARE as pure functions of embeddings: L = InfoNCE + λ · orthogonal equivariance.
 
-Shapes: `z1`, `z2` are (B, d), row i of both is the same image under two augmentations, every row has unit length.
-All of them return a scalar. Under autocast they compute in float32, since exp(1 / 0.07) does not fit float16.
+Shapes: `z1`, `z2` are (B, d); row i of both is the same image under two augmentations; every row has
+unit length. Each loss is a scalar tensor. Half precision, also that of autocast, is raised to float32,
+since e^{1 / 0.07} does not fit float16.
 """
 
 import torch
@@ -13,81 +14,114 @@ from .errors import CareHubError
 SUBTYPES = ("infonce", "alignment", "uniformity", "none")
 
 
-def _full(z: Tensor) -> Tensor:
-    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-
-
-def _similarities(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """(2B, 2B) logits between all views; an anchor is never compared with itself."""
-    z = torch.cat([_full(z1), _full(z2)])
-    with torch.autocast(z.device.type, enabled=False):
-        logits = z @ z.T / temperature
-    return logits.fill_diagonal_(float("-inf"))
-
-
-def _positives(batch: int, device) -> Tensor:
-    return torch.arange(2 * batch, device=device).roll(batch)
-
-
 def info_nce(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """InfoNCE (NT-Xent) of SimCLR: mean over the 2B anchors of -log(e^{s+/t} / sum_{k != i} e^{s_k/t}).
+    """InfoNCE (NT-Xent) of SimCLR: mean over the 2B anchors i of -log(e^{s+ / t} / sum_{k != i} e^{s_k / t}).
 
-    Source: van den Oord et al. 2018, eq. 4; Chen et al. 2020, eq. 1. Written as a cross-entropy, which can't overflow.
+    s_k is the cosine similarity to view k, s+ that to the other view of the same image. Written as a
+    cross-entropy, which can't overflow. Source: van den Oord et al. 2018, eq. 4; Chen et al. 2020, eq. 1.
+
+    >>> info_nce(torch.eye(3), torch.eye(3), temperature=0.5)  # log(1 + 4 / e^2)
+    tensor(0.4327)
     """
-    return F.cross_entropy(_similarities(z1, z2, temperature), _positives(len(z1), z1.device))
+    return F.cross_entropy(_logits(z1, z2, temperature), _positives(z1))
 
 
 def alignment(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """The part of InfoNCE that pulls views together: mean(-s+ / t)."""
+    """The part of InfoNCE that pulls the two views of an image together: mean(-s+ / t).
+
+    Source: Wang & Isola 2020, up to constants.
+
+    >>> alignment(torch.eye(3), torch.eye(3), temperature=0.5)
+    tensor(-2.)
+    """
     return -(_full(z1) * _full(z2)).sum(dim=1).mean() / temperature
 
 
 def uniformity(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """The part of InfoNCE that spreads images: mean over anchors of log sum_{negatives} e^{s/t} (2B - 2 negatives)."""
-    logits = _similarities(z1, z2, temperature)
-    positives = _positives(len(z1), z1.device)
-    return logits.scatter(1, positives[:, None], float("-inf")).logsumexp(dim=1).mean()
+    """The part of InfoNCE that spreads the images over the sphere: mean over the 2B anchors of
+    log sum e^{s_k / t} over the 2B - 2 views k of other images.
+
+    >>> uniformity(torch.eye(3), torch.eye(3), temperature=0.5)  # log(4 e^0)
+    tensor(1.3863)
+    """
+    logits = _logits(z1, z2, temperature)
+    negatives = logits.scatter(1, _positives(z1)[:, None], float("-inf"))
+    return negatives.logsumexp(dim=1).mean()
 
 
 def contrastive(z1: Tensor, z2: Tensor, temperature: float, subtype: str = "infonce") -> Tensor:
-    """InfoNCE or one of its parts; `none` is zero (equivariance alone)."""
+    """InfoNCE or one of its parts by name; "none" is zero (equivariance alone).
+
+    Raises CareHubError for a name that is not in `SUBTYPES`.
+
+    >>> contrastive(torch.eye(3), torch.eye(3), 0.5, "alignment")
+    tensor(-2.)
+    """
     if subtype == "none":
         return z1.new_zeros(())
     if subtype not in SUBTYPES:
         raise CareHubError(f"there is no loss subtype '{subtype}'; choose from {', '.join(SUBTYPES)}.")
-    return {"infonce": info_nce, "alignment": alignment, "uniformity": uniformity}[subtype](z1, z2, temperature)
+    functions = {"infonce": info_nce, "alignment": alignment, "uniformity": uniformity}
+    return functions[subtype](z1, z2, temperature)
 
 
 def equivariance(z1: Tensor, z2: Tensor, groups: int) -> Tensor:
-    """Orthogonal equivariance: the Gram matrices of a group must survive its change of augmentation.
+    """Orthogonal equivariance: changing the augmentation of a group must not change its Gram matrix.
 
-    Rows are `groups` consecutive groups of m = B / groups images; within a group all rows of `z1` share one
-    augmentation and all rows of `z2` another. Per group: mean over rows i of 2 sum_{j != i} (z1_i.z1_j - z2_i.z2_j)^2,
-    then the mean over groups. It grows with m, so its weight and the number of groups belong together.
+    Rows are `groups` consecutive groups of m = B / groups images. In a group all rows of `z1` share one
+    augmentation a and all rows of `z2` another, ã. The Gram matrices agree exactly if an orthogonal R
+    turns the one set into the other. Per group: mean over rows i of 2 sum_{j != i} (z1_i.z1_j - z2_i.z2_j)^2,
+    then the mean over groups. It grows with m, so λ and the number of groups belong together.
 
-    Source: Gupta et al. 2024, eq. 3 (population form) and their code (constants). No mask is needed: the rows have
-    unit length, so both diagonals are 1. Raises CareHubError when B does not divide into groups of two or more.
+    Source: Gupta et al. 2024, eq. 3 (population form), and their code (constants).
+    Raises CareHubError if B does not divide into groups of at least 2.
+
+    >>> quarter_turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    >>> equivariance(torch.eye(2), torch.eye(2) @ quarter_turn.T, groups=1)
+    tensor(0.)
     """
     batch, dim = z1.shape
     if groups < 1 or batch % groups or batch // groups < 2:
         raise CareHubError(
-            f"{batch} images can't be cut into {groups} equal groups of at least 2 for the equivariance loss; "
-            "choose --equiv-splits so that it divides the batch."
+            f"{batch} images can't be divided into {groups} equal groups of at least 2 for the "
+            "equivariance loss; choose `groups` so that it divides the batch."
         )
     size = batch // groups
     with torch.autocast(z1.device.type, enabled=False):
         a, b = (_full(z).reshape(groups, size, dim) for z in (z1, z2))
         difference = torch.bmm(a, a.transpose(1, 2)) - torch.bmm(b, b.transpose(1, 2))
+        # j = i needs no mask: rows have unit length, so the diagonals of both Gram matrices are 1.
         return 2 * difference.square().sum() / batch
 
 
 def moco(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """InfoNCE of MoCo: each query against its own key and K older keys; `queue` is (K, d), keys carry no gradient.
+    """InfoNCE of MoCo: each query (B, d) against its own key (B, d) and the K older keys of `queue` (K, d).
 
-    Source: He et al. 2020, eq. 1.
+    Keys carry no gradient. Source: He et al. 2020, eq. 1.
+
+    >>> moco(torch.eye(2), torch.eye(2), torch.zeros(3, 2), temperature=0.5)  # log(1 + 3 / e^2)
+    tensor(0.3408)
     """
     queries, keys, queue = _full(queries), _full(keys.detach()), _full(queue)
     with torch.autocast(queries.device.type, enabled=False):
         positive = (queries * keys).sum(dim=1, keepdim=True)
         logits = torch.cat([positive, queries @ queue.T], dim=1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+
+
+def _full(z: Tensor) -> Tensor:
+    """Half precision raised to float32; float32 and float64 as they are."""
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
+
+def _logits(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """(2B, 2B) similarities / temperature between all views; an anchor is never compared with itself."""
+    z = torch.cat([_full(z1), _full(z2)])
+    with torch.autocast(z.device.type, enabled=False):
+        logits = z @ z.T / temperature
+    return logits.fill_diagonal_(float("-inf"))
+
+
+def _positives(z1: Tensor) -> Tensor:
+    """(2B,): for each view the column of the other view of the same image."""
+    return torch.arange(2 * len(z1), device=z1.device).roll(len(z1))

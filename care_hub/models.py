@@ -1,11 +1,13 @@
-"""Architectures: timm's registry plus ResNets for small images.
+"""Architectures: timm's registry plus ResNets for small images, and their twins in plain timm.
 
-`*_cifar`: the published CIFAR form, a 3x3 stride-1 stem without a pool. `*_small`: a stem of stride 2, in narrow networks
-that train on two CPU cores (`w16`: 16 channels in the first stage). timm can't build these stems from a config, yet both have an exact twin
-in plain timm (`to_plain`), in which exports are stored; `from_plain` is its inverse.
+`*_cifar`: the published CIFAR form, a 3x3 stride-1 stem without a pool. `*_small`: a stem of stride 2,
+in narrow networks that train on two CPU cores (`w16`: 16 channels in the first stage). timm can't build
+these stems from a config, yet both have an exact twin in plain timm (`to_plain`), in which exports are
+stored; `from_plain` is its inverse.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import timm
 import torch
@@ -13,15 +15,29 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from .config import EncoderConfig
 from .errors import CareHubError, suggest
+
+# A timm model: an nn.Module with num_features, pretrained_cfg, reset_classifier, for which timm has no type.
+Backbone = Any
 
 
 class SmallImageResNet(ResNet):
     """timm's ResNet with a 3x3 stem of stride 1 or 2 and no pool."""
 
-    def __init__(self, block, layers, stem_stride: int = 1, in_chans: int = 3, **kwargs):
+    conv1: nn.Conv2d
+
+    def __init__(
+        self,
+        block: type[nn.Module],
+        layers: tuple[int, ...],
+        stem_stride: int = 1,
+        in_chans: int = 3,
+        **kwargs: Any,
+    ):
         super().__init__(block, layers, in_chans=in_chans, **kwargs)
-        self.conv1 = nn.Conv2d(in_chans, self.conv1.out_channels, 3, stride=stem_stride, padding=1, bias=False)
+        width = self.conv1.out_channels
+        self.conv1 = nn.Conv2d(in_chans, width, 3, stride=stem_stride, padding=1, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.maxpool = nn.Identity()
         for info, reduction in zip(self.feature_info, (1, 1, 2, 4, 8), strict=True):
@@ -34,20 +50,21 @@ class Stem:
 
     plain: str  # timm's architecture
     stride: int
-    model_args: dict = field(default_factory=dict)
+    model_args: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def upsampling(self) -> int:
-        """Plain timm sees the picture this many times larger, by nearest neighbour."""
+        """Plain timm sees the image this many times larger, by nearest neighbor."""
         return 4 if self.stride == 1 else 2
 
     @property
-    def taps(self) -> tuple[int, int, int]:
-        """Where the 3 taps of the small kernel go in the 7 of timm's, which then reads the upsampled picture."""
-        return (0, 1, 5) if self.stride == 1 else (1, 3, 5)
+    def kernel_places(self) -> Tensor:
+        """Where the 3 rows (columns) of the small kernel go in the 7 of timm's, on the enlarged image."""
+        return torch.tensor((0, 1, 5) if self.stride == 1 else (1, 3, 5))
 
     @property
-    def pool_tap(self) -> int:
+    def pool_place(self) -> int:
+        """Where a 3x3 kernel that replaces the pool has its only weight."""
         return 2 if self.stride == 1 else 1
 
 
@@ -59,75 +76,153 @@ SMALL = {
     "resnet10_w16_small": Stem("resnet18", 2, {"channels": [16, 32, 64, 128], "layers": [1, 1, 1, 1]}),
     "resnet10_w32_small": Stem("resnet18", 2, {"channels": [32, 64, 128, 256], "layers": [1, 1, 1, 1]}),
 }
-_BLOCKS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)), "resnet50": (Bottleneck, (3, 4, 6, 3))}
+_BLOCKS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
 
-default_cfgs = generate_default_cfgs(
-    {
-        name: dict(
-            num_classes=0, input_size=(3, 32, 32), pool_size=(4 // stem.stride, 4 // stem.stride), crop_pct=1.0,
-            interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), first_conv="conv1", classifier="fc",
-        )
-        for name, stem in SMALL.items()
+
+def _default_cfg(stem: Stem) -> dict[str, Any]:
+    side = 4 // stem.stride
+    return {
+        "num_classes": 0,
+        "input_size": (3, 32, 32),
+        "pool_size": (side, side),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+        "first_conv": "conv1",
+        "classifier": "fc",
     }
-)  # fmt: skip
 
 
-def _register(name: str) -> None:
+default_cfgs = generate_default_cfgs({name: _default_cfg(stem) for name, stem in SMALL.items()})
+
+
+def _small_image_resnet(name: str, pretrained: bool, **kwargs: Any) -> SmallImageResNet:
     stem = SMALL[name]
     block, layers = _BLOCKS[stem.plain]
-
-    def build(pretrained: bool = False, **kwargs) -> SmallImageResNet:
-        args = {"block": block, "layers": layers, "stem_stride": stem.stride} | stem.model_args | kwargs
-        return build_model_with_cfg(SmallImageResNet, name, pretrained, **args)
-
-    build.__name__ = name
-    build.__module__ = __name__
-    build.__doc__ = f"{stem.plain} {stem.model_args or ''} with a 3x3 stem of stride {stem.stride}, no pool.".replace("  ", " ")
-    globals()[name] = register_model(build)
+    args = {"block": block, "layers": layers, "stem_stride": stem.stride} | stem.model_args | kwargs
+    return build_model_with_cfg(SmallImageResNet, name, pretrained, **args)
 
 
-for _name in SMALL:
-    _register(_name)
+@register_model
+def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
+    """ResNet-18 with a 3x3 stem of stride 1 and no pool."""
+    return _small_image_resnet("resnet18_cifar", pretrained, **kwargs)
 
 
-def create_model(name: str, pretrained: bool = False, num_classes: int = 0, **kwargs) -> nn.Module:
-    """A backbone by name, for fine-tuning: ours or any of timm's. `num_classes=0` (default) ends in pooled features.
+@register_model
+def resnet34_cifar(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
+    """ResNet-34 with a 3x3 stem of stride 1 and no pool."""
+    return _small_image_resnet("resnet34_cifar", pretrained, **kwargs)
 
-    `pretrained`: CARE weights where the registry has some for `name` (`architecture` or `architecture.tag`), else timm's.
-    Raises CareHubError for an unknown name, with the nearest known one.
+
+@register_model
+def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
+    """ResNet-50 with a 3x3 stem of stride 1 and no pool: the network of the paper's CIFAR experiments."""
+    return _small_image_resnet("resnet50_cifar", pretrained, **kwargs)
+
+
+@register_model
+def resnet18_w16_cifar(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
+    """A quarter as wide as `resnet18_cifar`."""
+    return _small_image_resnet("resnet18_w16_cifar", pretrained, **kwargs)
+
+
+@register_model
+def resnet10_w16_small(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
+    """One block per stage, 16 to 128 channels, stem of stride 2: minutes of training on two CPU cores."""
+    return _small_image_resnet("resnet10_w16_small", pretrained, **kwargs)
+
+
+@register_model
+def resnet10_w32_small(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
+    """Twice as wide as `resnet10_w16_small`."""
+    return _small_image_resnet("resnet10_w32_small", pretrained, **kwargs)
+
+
+def build_model(name: str, pretrained: bool = False, num_classes: int = 0, **kwargs: Any) -> Backbone:
+    """A timm model by name, ours included; `num_classes=0` ends in pooled features.
+
+    `pretrained`: with timm's weights. Raises CareHubError for an unknown name, with the nearest
+    known one, and for arguments it does not take.
     """
-    from .registry import find
-
-    if pretrained and (entry := find(name)):
-        from .encoder import Encoder
-
-        if kwargs:
-            raise CareHubError(f"'{entry.name}' comes as it was trained; {', '.join(kwargs)} can't be set with pretrained=True.")
-        backbone = Encoder.from_pretrained(entry.name).backbone.train()
-        if num_classes:
-            backbone.reset_classifier(num_classes)
-        return backbone
     if not timm.is_model(name):
-        near = suggest(name, timm.list_models())
-        raise CareHubError(f"there is no model '{name}'{near or '; care_hub.list_models() shows them'}.")
+        near = suggest(name, timm.list_models()) or "; care_hub.list_models() shows them"
+        raise CareHubError(f"there is no model '{name}'{near}.")
     if pretrained and name.split(".", 1)[0] in SMALL:
-        raise CareHubError(f"there are no pretrained weights for '{name}'; care_hub.list_models(pretrained=True) shows those there are.")
+        raise CareHubError(
+            f"there are no pretrained weights for '{name}'; "
+            "care_hub.list_models(pretrained=True) shows those there are."
+        )
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
     except (TypeError, AssertionError) as error:
         raise CareHubError(f"model '{name}' can't be built with {kwargs}: {error}.") from error
 
 
+def build_backbone(model: str, image_size: int) -> Backbone:
+    """A network with random weights for images of `image_size` pixels, in channels_last.
+
+    Raises CareHubError for an unknown name, and where patches do not fill an image.
+    """
+    known = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    needs_size = known is not None and known.fixed_input_size
+    size: dict[str, Any] = {"img_size": image_size} if needs_size else {}
+    backbone = build_model(model, **size).to(memory_format=torch.channels_last)
+    embedding = getattr(backbone, "patch_embed", None)
+    patch = max(getattr(embedding, "patch_size", None) or (1,))
+    if image_size % patch:
+        near = max(1, round(image_size / patch)) * patch
+        raise CareHubError(
+            f"{model} cuts images into patches of {patch} pixels, which do not fill {image_size}; "
+            f"use `image_size={near}`."
+        )
+    return backbone
+
+
+def timm_config(config: EncoderConfig, backbone: Backbone) -> dict[str, Any]:
+    """timm's Hub schema: what `timm.create_model("hf-hub:...", pretrained=True)` reads."""
+    stem = SMALL.get(config.model)
+    base = backbone.pretrained_cfg
+    size = config.image_size
+    args: dict[str, Any] = {}
+    if stem:
+        size *= stem.upsampling
+        args = {"replace_stem_pool": True} | stem.model_args
+    elif base.get("fixed_input_size"):
+        args = {"img_size": size}
+    return {
+        "architecture": stem.plain if stem else config.model,
+        "num_classes": 0,
+        "num_features": backbone.num_features,
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "interpolation": "nearest" if stem else "bicubic",
+            "crop_pct": config.crop_pct,
+            "mean": list(config.mean),
+            "std": list(config.std),
+            "first_conv": base["first_conv"],
+            "classifier": base["classifier"],
+        },
+        **({"model_args": args} if args else {}),
+    }
+
+
 def to_plain(state: dict[str, Tensor], stem: Stem) -> dict[str, Tensor]:
-    """Weights of a SmallImageResNet -> those of plain timm's `stem.plain` with `replace_stem_pool`, exactly equivalent
-    in eval mode on a picture enlarged `stem.upsampling` times by nearest neighbour."""
+    """Weights of a SmallImageResNet -> those of plain timm's `stem.plain` with `replace_stem_pool`.
+
+    Exactly equivalent in eval mode on an image enlarged `stem.upsampling` times by nearest neighbor.
+    """
     small = state["conv1.weight"]
-    width = len(small)
+    width, places = len(small), stem.kernel_places
     kernel = small.new_zeros(*small.shape[:2], 7, 7)
-    taps = torch.tensor(stem.taps)
-    kernel[:, :, taps[:, None], taps[None, :]] = small
+    kernel[:, :, places[:, None], places[None, :]] = small
     pool = small.new_zeros(width, width, 3, 3)
-    pool[:, :, stem.pool_tap, stem.pool_tap] = torch.eye(width, dtype=small.dtype)
+    pool[:, :, stem.pool_place, stem.pool_place] = torch.eye(width, dtype=small.dtype)
     vector = state["bn1.weight"]  # kernels may be stored in half precision, vectors not
     identity = {
         "maxpool.0.weight": pool,
@@ -141,15 +236,19 @@ def to_plain(state: dict[str, Tensor], stem: Stem) -> dict[str, Tensor]:
 
 
 def from_plain(state: dict[str, Tensor], stem: Stem) -> dict[str, Tensor]:
-    """The inverse of `to_plain`, bit for bit; refuses weights that are not such a twin."""
-    taps = torch.tensor(stem.taps)
+    """The inverse of `to_plain`, bit for bit. Raises CareHubError for weights that are not such a twin."""
+    places = stem.kernel_places
     small = {k: v for k, v in state.items() if not k.startswith("maxpool.")}
     try:
-        small["conv1.weight"] = state["conv1.weight"][:, :, taps[:, None], taps[None, :]].contiguous()
+        small["conv1.weight"] = state["conv1.weight"][:, :, places[:, None], places[None, :]].contiguous()
         twin = to_plain(small, stem)
-        same = all(torch.equal(twin[k].to(v.dtype), v) for k, v in state.items() if k.startswith(("maxpool.", "conv1.")))
+        stem_keys = [k for k in state if k.startswith(("maxpool.", "conv1."))]
+        same = all(torch.equal(twin[k].to(state[k].dtype), state[k]) for k in stem_keys)
     except (KeyError, IndexError, RuntimeError):
         same = False
     if not same:
-        raise CareHubError("these weights are not a small-image ResNet written in plain timm; the export is damaged or not ours.")
+        raise CareHubError(
+            "these weights are not a small-image ResNet written in plain timm; "
+            "the export is damaged or not ours."
+        )
     return small

@@ -1,30 +1,48 @@
-"""Rotations of the embedding space: fit one, apply it, compose it, take part of it.
+"""Rotations of the embedding space: fit one, apply it, compose it, invert it, take part of it.
 
-The orthogonal Procrustes problem, known as Wahba's problem for proper rotations.
+Fitting is the orthogonal Procrustes problem, known as Wahba's problem for proper rotations (det R = +1).
 """
 
 import math
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CareHubError
 
-CHUNK = 65536  # rows turned to float64 at a time
-NEAR_HALF_TURN = 1e-6
+CHUNK = 65536  # rows raised to float64 at a time
+ORTHOGONAL = 1e-6  # largest entry of R R^T - I that is rounding
+HALF_TURN = 1e-6  # singular values of R + I below this are half turns, where R = -1
+EMBEDDING_FILES = (".parquet", ".safetensors")
+
+Embeddings = TypeVar("Embeddings", np.ndarray, Tensor)
+
+
+class HasFingerprint(Protocol):
+    """An `Encoder`, of which a rotation needs to know no more."""
+
+    @property
+    def fingerprint(self) -> str: ...
 
 
 def procrustes(z: Tensor, z_t: Tensor, special: bool = False) -> Tensor:
-    """The orthogonal R (d, d) that minimises sum_i |z_t_i - R z_i|^2.
+    """The orthogonal R (d, d) that minimizes sum_i |z_t_i - R z_i|^2.
 
-    `z`, `z_t`: (N, d), or (..., N, d) for many problems at once; computed in float64. `special=True` restricts to
-    rotations proper (det R = +1) by turning the weakest singular direction.
-    Source: Schoenemann 1966; Wahba 1965: B = sum z_t_i z_i^T = U S V^T, R = U V^T.
+    `z`, `z_t`: (N, d), or (..., N, d) for many problems at once; computed in float64. `special=True`
+    restricts R to proper rotations (det R = +1) by flipping the weakest singular direction.
+    Source: Schoenemann 1966; Wahba 1965: B = sum_i z_t_i z_i^T = U S V^T, R = U V^T.
+
+    >>> procrustes(torch.eye(2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])).round() + 0.0
+    tensor([[ 0., -1.],
+            [ 1.,  0.]], dtype=torch.float64)
     """
-    parts = zip(z.split(CHUNK, dim=-2), z_t.split(CHUNK, dim=-2), strict=True)
-    cross = sum(after.double().transpose(-2, -1) @ before.double() for before, after in parts)
+    chunks = zip(z.split(CHUNK, dim=-2), z_t.split(CHUNK, dim=-2), strict=True)
+    cross = sum(after.double().transpose(-2, -1) @ before.double() for before, after in chunks)
     u, _, vh = torch.linalg.svd(cross)
     if special:
         sign = torch.linalg.det(u @ vh).sign()
@@ -33,100 +51,142 @@ def procrustes(z: Tensor, z_t: Tensor, special: bool = False) -> Tensor:
 
 
 class Rotation:
-    """An orthogonal map R of R^d, or many: `matrix` is (..., d, d) in float64. `encoder` names the encoder whose embeddings
-    it turns (its fingerprint), if that is known."""
+    """An orthogonal map R of R^d, or many of them: `matrix` is (..., d, d) in float64.
 
-    def __init__(self, matrix: Tensor, encoder: str | None = None):
+    `encoder` is the fingerprint of the encoder whose embeddings it rotates, if that is known.
+    Raises CareHubError for a matrix that is not orthogonal.
+
+    >>> quarter_turn = Rotation(torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
+    >>> (quarter_turn @ quarter_turn)(np.array([1.0, 2.0]))
+    array([-1., -2.])
+    """
+
+    def __init__(self, matrix: np.ndarray | Tensor, encoder: str | None = None):
         matrix = torch.as_tensor(matrix).double()
         if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
             raise CareHubError(f"a rotation is a square matrix, got the shape {tuple(matrix.shape)}.")
-        error = (matrix @ matrix.transpose(-2, -1) - torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)).abs()
-        if not error.max() < 1e-6:
-            raise CareHubError(f"this matrix is not orthogonal: R R^T differs from the identity by {error.max():.1g}.")
-        self.matrix, self.encoder = matrix, encoder
+        eye = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+        error = (matrix @ matrix.transpose(-2, -1) - eye).abs().max()
+        if not error < ORTHOGONAL:  # NaN is not
+            raise CareHubError(
+                f"this matrix is not orthogonal: R R^T differs from the identity by {error:.1g}."
+            )
+        self.matrix = matrix
+        self.encoder = encoder
 
     @classmethod
-    def fit(cls, z, z_t, special: bool = False, encoder=None) -> "Rotation":
-        """The R with z_t ~ R z in the least squares sense; see `procrustes` for shapes. Arrays or tensors.
+    def fit(
+        cls,
+        z: np.ndarray | Tensor,
+        z_t: np.ndarray | Tensor,
+        special: bool = False,
+        encoder: HasFingerprint | str | None = None,
+    ) -> "Rotation":
+        """The R with z_t ≈ R z in the least squares sense; `z`, `z_t` as in `procrustes`, or arrays.
 
-        `special`: proper rotations only (det +1), which have fractional powers. `encoder`: whose embeddings these are, see
-        `fingerprint_of`. Raises CareHubError for shapes that differ and for values that are not finite.
+        `special`: proper rotations only, which have fractional powers. `encoder`: whose embeddings these
+        are, an `Encoder` or its fingerprint. Raises CareHubError for shapes that differ and for values
+        that are not finite.
+
+        >>> z = torch.nn.functional.normalize(torch.arange(12.0).view(4, 3).sin())
+        >>> Rotation.fit(z, z.roll(1, dims=1)).matrix.round().abs()
+        tensor([[0., 0., 1.],
+                [1., 0., 0.],
+                [0., 1., 0.]], dtype=torch.float64)
         """
         z, z_t = torch.as_tensor(z), torch.as_tensor(z_t)
         if z.shape != z_t.shape or z.ndim < 2 or not z.numel():
-            raise CareHubError(f"a rotation is fitted on two sets of as many embeddings, got {tuple(z.shape)} and {tuple(z_t.shape)}.")
+            raise CareHubError(
+                "a rotation is fitted on two sets of as many embeddings, "
+                f"got the shapes {tuple(z.shape)} and {tuple(z_t.shape)}."
+            )
         if not (z.isfinite().all() and z_t.isfinite().all()):
-            raise CareHubError("these embeddings hold values that are not finite numbers.")
-        return cls(procrustes(z, z_t, special), fingerprint_of(encoder))
+            raise CareHubError("some of these embeddings are not finite numbers.")
+        return cls(procrustes(z, z_t, special), _fingerprint(encoder))
 
     @classmethod
     def random(cls, d: int, seed: int = 0) -> "Rotation":
-        """A proper rotation drawn uniformly. Source: Stewart 1980 (QR of a Gaussian matrix, signs of R made positive)."""
-        q, r = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+        """A proper rotation from the uniform distribution over SO(d).
+
+        Source: Stewart 1980 (QR of a Gaussian matrix, signs of R's diagonal made positive).
+
+        >>> Rotation.random(3, seed=1)
+        Rotation(d=3)
+        """
+        generator = torch.Generator().manual_seed(seed)
+        q, r = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))
         q = q * r.diagonal().sign()
         q[:, 0] *= torch.linalg.det(q).sign()
         return cls(q)
 
     @property
     def d(self) -> int:
+        """Dimension of the embeddings."""
         return self.matrix.shape[-1]
 
     def __repr__(self) -> str:
-        return f"Rotation(d={self.d}{f', {tuple(self.matrix.shape[:-2])}' if self.matrix.ndim > 2 else ''})"
+        many = self.matrix.shape[:-2]
+        return f"Rotation(d={self.d}, {tuple(many)})" if many else f"Rotation(d={self.d})"
 
-    def __call__(self, z):
-        """R z for (..., N, d) or (d,) embeddings; array or tensor, of the type that came."""
+    def __call__(self, z: Embeddings) -> Embeddings:
+        """R z for (..., N, d) or (d,) embeddings; same type, dtype and device as `z`."""
         if self.d != z.shape[-1]:
             raise CareHubError(f"this rotation turns vectors of {self.d} numbers, these have {z.shape[-1]}.")
+        transposed = self.matrix.transpose(-2, -1)
         if isinstance(z, np.ndarray):
-            return z @ self.matrix.transpose(-2, -1).cpu().numpy().astype(z.dtype)
-        return z @ self.matrix.transpose(-2, -1).to(z)
+            return z @ transposed.cpu().numpy().astype(z.dtype)
+        return z @ transposed.to(z)
 
     def __matmul__(self, other: "Rotation") -> "Rotation":
-        """First `other`, then this one."""
-        if self.d != other.d or (None not in (self.encoder, other.encoder) and self.encoder != other.encoder):
+        """First `other`, then this one: R_b @ R_a is the rotation of "a, then b"."""
+        known = {self.encoder, other.encoder} - {None}
+        if self.d != other.d or len(known) > 1:
             raise CareHubError("these two rotations belong to different embedding spaces.")
-        return Rotation(_orthogonal(self.matrix @ other.matrix), self.encoder or other.encoder)
+        return Rotation(_nearest_orthogonal(self.matrix @ other.matrix), self.encoder or other.encoder)
 
     def inv(self) -> "Rotation":
+        """R^-1 = R^T."""
         return Rotation(self.matrix.transpose(-2, -1), self.encoder)
 
     def power(self, t: float) -> "Rotation":
-        """R^t, every rotation angle times t: `power(0.5)` is half the rotation. Raises CareHubError for a fractional power of
-        a reflection (det -1), which is not real.
+        """R^t, every rotation angle times t: `power(0.5)` is half the rotation.
 
-        The Cayley transform i (I - R)(I + R)^-1 is Hermitian with eigenvalues tan(angle / 2); half turns, where it has no
-        value, are turned in pairs of directions instead.
+        Raises CareHubError for a fractional power of a reflection (det -1), which is not real.
+
+        >>> half_turn = Rotation(-torch.eye(2))
+        >>> quarter_turn = half_turn.power(0.5)
+        >>> torch.allclose((quarter_turn @ quarter_turn).matrix, half_turn.matrix)
+        True
         """
         if float(t).is_integer():
-            return Rotation(_orthogonal(torch.linalg.matrix_power(self.matrix, int(t))), self.encoder)
-        if (torch.linalg.det(self.matrix) < 0).any():
-            raise CareHubError(f"this map has determinant -1 and no real power {t}; fit it with special=True.")
-        flat = self.matrix.reshape(-1, self.d, self.d)
-        return Rotation(_orthogonal(torch.stack([_power(m, t) for m in flat]).reshape(self.matrix.shape)), self.encoder)
+            power = torch.linalg.matrix_power(self.matrix, int(t))
+        elif (torch.linalg.det(self.matrix) < 0).any():
+            raise CareHubError(f"a map of determinant -1 has no real power {t}; fit it with `special=True`.")
+        else:
+            each = self.matrix.reshape(-1, self.d, self.d)
+            power = torch.stack([_fractional_power(r, t) for r in each]).reshape(self.matrix.shape)
+        return Rotation(_nearest_orthogonal(power), self.encoder)
 
-    def residual(self, z, z_t) -> float:
-        """Mean |z_t - R z|^2 over (N, d) embeddings."""
+    def residual(self, z: np.ndarray | Tensor, z_t: np.ndarray | Tensor) -> float:
+        """Mean |z_t - R z|^2 over (N, d) embeddings, the rotation error where R was fitted on others."""
         z, z_t = torch.as_tensor(z), torch.as_tensor(z_t)
         return (z_t.double() - self(z.double())).square().sum(dim=-1).mean().item()
 
-    def check(self, encoder) -> None:
-        """Raise CareHubError if `encoder` (see `fingerprint_of`) is known not to be whose embeddings this rotation was fitted on."""
-        other = fingerprint_of(encoder)
+    def check(self, encoder: HasFingerprint | str | None) -> None:
+        """Raise CareHubError if this rotation is known to be of another encoder (`encoder` as in `fit`)."""
+        other = _fingerprint(encoder)
         if None not in (self.encoder, other) and self.encoder != other:
-            raise CareHubError("this rotation was fitted on embeddings of another encoder; fit it anew.")
+            raise CareHubError("this rotation was fitted on embeddings of another encoder; fit a new one.")
 
     def save(self, path: str | Path) -> Path:
-        from safetensors.torch import save_file
-
-        save_file({"rotation": self.matrix.cpu().contiguous()}, path, metadata={"format": "pt", "encoder": self.encoder or ""})
+        """Write the matrix and the encoder's fingerprint to a safetensors file; returns its path."""
+        metadata = {"format": "pt", "encoder": self.encoder or ""}
+        save_file({"rotation": self.matrix.cpu().contiguous()}, path, metadata=metadata)
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Rotation":
-        """Raises CareHubError if the file is missing, cut short, or holds no orthogonal matrix."""
-        from safetensors import SafetensorError, safe_open
-
+        """Read what `save` wrote. Raises CareHubError if the file is missing, truncated or not a rotation."""
         try:
             with safe_open(path, "pt") as file:
                 return cls(file.get_tensor("rotation"), (file.metadata() or {}).get("encoder") or None)
@@ -134,37 +194,38 @@ class Rotation:
             raise CareHubError(f"'{path}' is not a rotation saved by care_hub ({error}).") from error
 
 
-def fingerprint_of(encoder) -> str | None:
-    """The fingerprint of an Encoder, of a file that `care-hub embed` wrote (.parquet or .safetensors; None if it does not say),
-    or the fingerprint itself."""
-    path = Path(encoder) if isinstance(encoder, str | Path) else None
-    if path is None or path.suffix not in (".parquet", ".safetensors"):
-        return getattr(encoder, "fingerprint", encoder)
-    import pyarrow.parquet as pq
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if path.suffix == ".parquet":
-            return {k.decode(): v.decode() for k, v in (pq.read_schema(path).metadata or {}).items()}.get("encoder")
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("encoder")
-    except (OSError, ValueError, SafetensorError) as error:  # pyarrow's own errors are ValueErrors
-        raise CareHubError(f"'{path}' is not a file of embeddings ({error}).") from error
+def _fingerprint(encoder: HasFingerprint | str | None) -> str | None:
+    """The fingerprint of an encoder, or the fingerprint itself."""
+    if isinstance(encoder, str | Path):
+        if isinstance(encoder, Path) or encoder.endswith(EMBEDDING_FILES):
+            raise CareHubError(
+                f"'{encoder}' is a file; pass what it says of its encoder, "
+                f"`encoder=care_hub.fingerprint_of('{encoder}')`."
+            )
+        return encoder
+    return None if encoder is None else encoder.fingerprint
 
 
-def _orthogonal(matrix: Tensor) -> Tensor:
+def _nearest_orthogonal(matrix: Tensor) -> Tensor:
     """The nearest orthogonal matrix, so that long products do not drift."""
     u, _, vh = torch.linalg.svd(matrix)
     return u @ vh
 
 
-def _power(r: Tensor, t: float) -> Tensor:
+def _fractional_power(r: Tensor, t: float) -> Tensor:
+    """R^t of a proper rotation (d, d).
+
+    The Cayley transform i (I - R)(I + R)^-1 is Hermitian with eigenvalues tan(angle / 2). It has no value
+    for half turns (R = -1); these directions are taken in pairs and turned by t half turns in their plane.
+    """
     eye = torch.eye(len(r), dtype=r.dtype, device=r.device)
     _, size, vh = torch.linalg.svd(r + eye)
-    half = vh[size < NEAR_HALF_TURN].T  # (d, k), k even: where R = -1
-    cayley = torch.linalg.solve(eye + r + 2 * half @ half.T, eye - r - 2 * half @ half.T, left=False)
+    half = vh[size < HALF_TURN].T  # (d, k), k even
+    flips = 2 * half @ half.T
+    cayley = torch.linalg.solve(eye + r + flips, eye - r - flips, left=False)
     tangent, v = torch.linalg.eigh(1j * cayley)
     powered = ((v * torch.exp(2j * t * torch.atan(tangent))) @ v.conj().T).real
     c, s = math.cos(math.pi * t), math.sin(math.pi * t)
-    turn = torch.kron(torch.eye(half.shape[1] // 2, dtype=r.dtype), torch.tensor([[c, -s], [s, c]], dtype=r.dtype)).to(r.device)
-    return powered @ (eye - half @ half.T + half @ turn @ half.T)
+    turn = torch.tensor([[c, -s], [s, c]], dtype=r.dtype)
+    turns = torch.kron(torch.eye(half.shape[1] // 2, dtype=r.dtype), turn).to(r.device)
+    return powered @ (eye - half @ half.T + half @ turns @ half.T)

@@ -1,35 +1,34 @@
+"""Fixtures, and what must be set before torch and huggingface_hub are imported."""
+
 import atexit
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+
+# Before torch is imported, here and in processes started here: a thread that waits by spinning holds a
+# core that other processes could use. On busy cores a step takes up to ten times as long.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import numpy as np
 import pytest
-
-# Before torch is imported, here and in processes started here: a thread that waits by spinning holds a core of which other
-# processes make better use, perhaps the one for which it waits. On busy cores a step takes up to ten times as long.
-os.environ["OMP_WAIT_POLICY"] = "passive"
-
 import torch
-from click.testing import CliRunner
+from helpers import SHARED, train_here
+from loopback_hub import WRITER, LoopbackHub
 from PIL import Image
 
-from care_hub import cli
 from care_hub.data import shapes
 
-# Before huggingface_hub is imported, which reads them once: a cache of our own, and plain LFS, which a small Hub can speak.
+# Before huggingface_hub is imported: a cache of our own, and plain LFS, which a small Hub can speak.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="care_hub_tests_")
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
-ROOT = Path(__file__).parents[1]
-SHARED = Path(os.environ.get("CARE_HUB_TEST_DATA", ROOT.parent / "shared"))  # real data, where it is at hand
-
-torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+torch.set_num_threads(max(1, cores or 1))
+# float32 on every machine, so that a figure that a test expects is the same everywhere.
+torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
 
 
 @pytest.fixture
@@ -46,15 +45,15 @@ def shared():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shapes_drawn_once():
-    """`shapes` takes seconds to draw; within one process of the tests once is enough."""
-    render, drawn = shapes.render, {}
+def shapes_rendered_once():
+    """`shapes` takes seconds to render; within one process of the tests once is enough."""
+    render, rendered = shapes.render, {}
 
     def once(factors):
         key = factors["x"].tobytes()
-        if key not in drawn:
-            drawn[key] = render(factors)
-        return drawn[key].copy()
+        if key not in rendered:
+            rendered[key] = render(factors)
+        return rendered[key].copy()
 
     shapes.render = once
     yield
@@ -63,55 +62,18 @@ def shapes_drawn_once():
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    """Class folders of smooth random pictures: train/ and test/, two classes, 24 + 8 of 40 x 48 pixels."""
+    """Class folders of smooth random images: train/ and test/, two classes, 24 + 8 of 40 x 48 pixels."""
     root = tmp_path_factory.mktemp("photos")
-    draw = np.random.RandomState(0)
+    random = np.random.RandomState(0)
     for split, count in (("train", 24), ("test", 8)):
         for name in ("warm", "cold"):
             (root / split / name).mkdir(parents=True)
             for k in range(count):
-                small = draw.randint(0, 256, (5, 6, 3)).astype(np.uint8)
+                small = random.randint(0, 256, (5, 6, 3)).astype(np.uint8)
                 small[..., 2 if name == "warm" else 0] //= 4
-                Image.fromarray(small).resize((48, 40), Image.Resampling.BICUBIC).save(root / split / name / f"{k:02d}.png")
+                image = Image.fromarray(small).resize((48, 40), Image.Resampling.BICUBIC)
+                image.save(root / split / name / f"{k:02d}.png")
     return root
-
-
-# float32 on every machine, so that a figure that a test expects is the same everywhere; Accelerate knows one precision per process.
-torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
-TINY = ("--batch-size", "16", "--equiv-splits", "4", "--projection-hidden", "32", "--projection-dim", "16", "--knn-bank", "200")
-TINY += ("--mixed-precision", "no")
-
-
-def run(*words, ok: bool = True, cwd=None, env=None, timeout: int = 240) -> subprocess.CompletedProcess:
-    """Run a command as a person would; fails the test with its output if the exit status is not as expected."""
-    words = [sys.executable if w == "python" else str(w) for w in words]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path} | (env or {})
-    done = subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=environment, timeout=timeout)
-    assert (done.returncode == 0) == ok, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done
-
-
-def train(root: Path, *flags, ok: bool = True, launcher=("python",), env=None) -> subprocess.CompletedProcess:
-    return run(*launcher, ROOT / "train.py", "--save-root", root, *TINY, *flags, ok=ok, env=env)
-
-
-def train_here(root: Path, *flags) -> str:
-    """`train` in this process, which spares the start of another; returns what it printed."""
-    done = CliRunner().invoke(cli.train, [str(w) for w in ("--save-root", root, *TINY, *flags)])
-    assert done.exit_code == 0, done.output
-    return done.output
-
-
-def refusal(*flags) -> str:
-    """The one sentence with which train.py ends."""
-    done = CliRunner().invoke(cli.train, [str(w) for w in flags])
-    assert done.exit_code != 0 and "Traceback" not in done.output
-    return done.output
-
-
-def metrics(run_folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -120,3 +82,42 @@ def tiny_run(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     train_here(root, "--max-steps", "6", "--run-name", "tiny", "--knn-every", "1")
     return root / "tiny"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A Hub on loopback, to which the process is logged in as a user who may write."""
+    from care_hub.hub import client
+
+    with LoopbackHub() as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        monkeypatch.setattr(client, "RETRY_SECONDS", (0, 0))
+        yield running
+
+
+@pytest.fixture
+def export(tmp_path) -> Path:
+    """An export of random weights with a head and a card, much as training leaves it."""
+    from care_hub.encoder import Encoder
+    from care_hub.hub.card import write_card
+    from care_hub.hub.linear_head import LinearHead
+
+    torch.manual_seed(0)
+    encoder = Encoder.new("resnet10_w16_small", hidden=32, outputs=16)
+    results = {"knn_top1": 50.0, "knn_color_top1": 40.0, "rotation_error": 0.1, "invariance_error": 0.2}
+    encoder.config = replace(
+        encoder.config,
+        method="CARE-simclr",
+        weight=0.3,
+        dataset="shapes",
+        results=results | {"rotation_invariance_ratio": 0.5, "gram_deviation": 0.01},
+        training={"model": "resnet10_w16_small", "epochs": 2},
+        versions={"torch": torch.__version__},
+    )
+    folder = encoder.save_pretrained(tmp_path / "export")
+    names = [f"class {k}" for k in range(10)]
+    metrics = {"top1": 61.5, "top5": 97.0, "n_train": 5000, "n_test": 2000}
+    LinearHead("shapes", torch.randn(10, 128), torch.randn(10), names, metrics).save(folder)
+    write_card(folder)
+    return folder

@@ -1,11 +1,13 @@
-"""A small Hugging Face Hub on loopback: real HTTP for the real client, repositories in memory, and faults on demand.
+"""A small Hugging Face Hub on loopback: real HTTP for the real client, faults on demand.
 
-It speaks what huggingface_hub 1.x and 2.x need (without Xet) to create, commit (LFS included), branch, list and download.
+It speaks what huggingface_hub 1.x and 2.x need (without Xet) to create, commit (LFS included), branch, list
+and download.
 """
 
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,14 +29,18 @@ class Repository:
         return (sha, self.commits[sha]) if sha in self.commits else None
 
     def commit(self, revision: str, files: dict[str, bytes]) -> str:
-        sha = hashlib.sha1(repr([(k, hashlib.sha256(v).digest()) for k, v in sorted(files.items())]).encode()).hexdigest()
+        content = [(name, hashlib.sha256(data).digest()) for name, data in sorted(files.items())]
+        sha = hashlib.sha1(repr(content).encode()).hexdigest()
         self.commits[sha], self.refs[revision] = files, sha
         return sha
 
 
 class LoopbackHub:
-    """`with LoopbackHub() as hub:` ... `hub.url`. `hub.faults[word] = [503, "cut", ...]`: what happens to the next requests
-    whose method and path contain `word`: a status, "cut" (the line drops half way), or "lost" (done, but the answer is lost)."""
+    """`with LoopbackHub() as hub:` ... `hub.url`.
+
+    `hub.faults[word] = [503, "cut", ...]`: what happens to the next requests whose method and path contain
+    `word`: a status, "cut" (the connection drops half way), or "lost" (done, but the answer is lost).
+    """
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
@@ -78,8 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self):
         hub, address = self.server_hub, urlsplit(self.path)
         self.path_only, self.query = unquote(address.path), parse_qs(address.query)
-        length = int(self.headers.get("Content-Length") or 0)
-        self.body = self.rfile.read(length) if length else self._chunks() if self.headers.get("Transfer-Encoding") else b""
+        self.body = self._chunks() if self.headers.get("Transfer-Encoding") else self._sized()
         self.fault, name = None, f"{self.command} {self.path_only}"
         hub.requests[name] += 1
         for word, waiting in hub.faults.items():
@@ -93,6 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
             if method == self.command and (found := pattern(self.path_only)) is not None:
                 return action(self, *found)
         return self._json({"error": f"no route for {name}"}, 404)
+
+    def _sized(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _chunks(self) -> bytes:
         parts = []
@@ -124,7 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
         found = self.server_hub.repositories.get(repo_id)
         mine = self.user and repo_id.split("/")[0] in (self.user[0], *self.user[1])
         if found is None or (found.private and not mine):
-            self._json({"error": "Repository not found"}, 401 if self.user is None else 404, **{"X-Error-Code": "RepoNotFound"})
+            status = 401 if self.user is None else 404
+            self._json({"error": "Repository not found"}, status, **{"X-Error-Code": "RepoNotFound"})
         elif write and not (mine and self.user[2] == "write"):
             self._json({"error": "forbidden"}, 403)
         else:
@@ -146,7 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.user is None:
             return self._json({"error": "Invalid username or password."}, 401)
         name, orgs, role = self.user
-        return self._json({"type": "user", "name": name, "orgs": [{"name": o} for o in orgs], "auth": {"accessToken": {"role": role}}})
+        about = {"type": "user", "name": name, "orgs": [{"name": org} for org in orgs]}
+        return self._json(about | {"auth": {"accessToken": {"role": role}}})
 
     def create(self):
         asked = json.loads(self.body)
@@ -170,19 +180,29 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({})
 
     def preupload(self, repo_id, revision):
-        if self._repository(repo_id, write=True):
-            files = json.loads(self.body)["files"]
-            modes = [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith((".safetensors", ".png")) else "regular"} for f in files]
-            self._json({"files": [m | {"shouldIgnore": False} for m in modes]})
+        if repository := self._repository(repo_id, write=True):
+            _, stored = repository.files(revision) or ("", {})
+            names = [file["path"] for file in json.loads(self.body)["files"]]
+            self._json({"files": [self._upload_mode(name, stored.get(name)) for name in names]})
+
+    @staticmethod
+    def _upload_mode(name: str, stored: bytes | None) -> dict:
+        """How a file is to be sent; `oid` tells the client whether it has changed."""
+        large = name.endswith((".safetensors", ".png"))
+        about = {"path": name, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+        if stored is None:
+            return about
+        if large:
+            return about | {"oid": hashlib.sha256(stored).hexdigest()}
+        return about | {"oid": hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()}
 
     def batch(self, repo_id):
         objects = []
         for asked in json.loads(self.body)["objects"]:
-            url = f"{self.server_hub.url}/lfs/{asked['oid']}"
-            actions = (
-                {} if asked["oid"] in self.server_hub.blobs else {"actions": {"upload": {"href": url}, "verify": {"href": url + "/verify"}}}
-            )
-            objects.append(asked | actions)
+            if asked["oid"] not in self.server_hub.blobs:
+                url = f"{self.server_hub.url}/lfs/{asked['oid']}"
+                asked["actions"] = {"upload": {"href": url}, "verify": {"href": url + "/verify"}}
+            objects.append(asked)
         self._json({"transfer": "basic", "objects": objects})
 
     def store(self, oid):
@@ -262,10 +282,13 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         sha, files = found
         if path not in files:
-            return self._json({"error": "Entry not found"}, 404, **{"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
+            return self._json(
+                {"error": "Entry not found"}, 404, **{"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha}
+            )
         content = files[path]
         tag = hashlib.sha256(content).hexdigest()
-        headers = {"ETag": f'"{tag}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+        headers = {"ETag": f'"{tag}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+        headers |= {"Content-Type": "application/octet-stream"}
         if (asked := self.headers.get("Range")) and self.command == "GET":
             start = int(asked.removeprefix("bytes=").split("-")[0])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
@@ -274,12 +297,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _route(pattern: str):
-    """`/api/models/{id}/x/{rev}`: {id} is two path components, {rest} the remainder, any other name one component."""
-    import re
-
+    """`/api/models/{id}/x/{rev}`: {id} is two parts of a path, {rest} all that remain, other names one."""
     kinds = {"id": r"([^/]+/[^/]+)", "rest": r"(.+)"}
     parts = re.split(r"\{(\w+)\}", pattern)
-    regex = re.compile("".join(re.escape(p) if k % 2 == 0 else kinds.get(p, r"([^/]+|refs/pr/\d+)") for k, p in enumerate(parts)))
+    fixed, names = parts[::2], parts[1::2]
+    groups = [kinds.get(name, r"([^/]+|refs/pr/\d+)") for name in names] + [""]
+    regex = re.compile("".join(re.escape(text) + group for text, group in zip(fixed, groups, strict=True)))
     return lambda path: m.groups() if (m := regex.fullmatch(path)) else None
 
 

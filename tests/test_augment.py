@@ -1,4 +1,4 @@
-"""Augmentation on the batch is torchvision's, image by image, and its parameters are shared as CARE needs."""
+"""Augmentation of the batch is torchvision's, image by image, and its parameters are shared as CARE needs."""
 
 import dataclasses
 
@@ -8,110 +8,133 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from care_hub import augment
-from care_hub.augment import Recipe
+from care_hub.augment import AugmentationConfig, seeded_generator
 
 TOLERANCE = 2e-6
+COLOR_OPERATIONS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 
 
-def pictures(n=8, height=32, width=32, seed=0):
-    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(seed))
+def images(n=8, height=32, width=32):
+    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def pixels(n, size):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def assert_near(found, expected, atol=TOLERANCE):
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(("size", "height", "width"), [(32, 32, 32), (24, 50, 37), (64, 30, 45)])
 def test_crop_equals_torchvision_resized_crop(size, height, width):
-    x = pictures(16, height, width)
-    d = augment.draw(Recipe(size=size), 16, height, width, augment.generator(1))
-    y = augment.crop(x, d.box, d.flip, size)
-    for k in range(16):
-        top, left, h, w = d.box[k].tolist()
-        expected = tv.resized_crop(x[k], top, left, h, w, [size, size], InterpolationMode.BILINEAR, antialias=True)
-        expected = tv.hflip(expected) if d.flip[k] else expected
-        torch.testing.assert_close(y[k], expected.clamp(0, 1), rtol=0, atol=TOLERANCE)
+    x = images(16, height, width)
+    params = augment.sample(AugmentationConfig(size=size), 16, height, width, seeded_generator(1))
+    y = augment.crop(x, params.box, params.flip, size)
+    for k, box in enumerate(params.box.tolist()):
+        expected = tv.resized_crop(x[k], *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
+        expected = tv.hflip(expected) if params.flip[k] else expected
+        assert_near(y[k], expected.clamp(0, 1))
 
 
 @pytest.mark.parametrize("column", range(4))
-def test_each_colour_operation_equals_torchvision(column):
-    x = pictures()
+def test_each_color_operation_equals_torchvision(column):
+    x = images()
     x[0, 1] = x[0, 0]  # ties between channels
-    x[1] = x[1, :1]  # grey
-    function = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)[column]
+    x[1] = x[1, :1]  # gray
     values = torch.linspace(-0.5, 0.5, 8) if column == 3 else torch.linspace(0.2, 1.8, 8)
-    operation = (augment._brightness, augment._contrast, augment._saturation, augment._hue)[column]
-    y = operation(x, values.view(-1, 1, 1, 1))
+    order = torch.tensor([column, -1, -1, -1]).expand(8, 4)
+    y = augment.jitter(x, values[:, None].expand(8, 4), order)
     for k in range(8):
-        torch.testing.assert_close(y[k], function(x[k], values[k].item()), rtol=0, atol=TOLERANCE)
+        assert_near(y[k], COLOR_OPERATIONS[column](x[k], values[k].item()))
 
 
 def test_jitter_applies_the_operations_in_each_images_own_order():
-    x, d = pictures(24), augment.draw(Recipe(), 24, 32, 32, augment.generator(2))
-    y = augment.jitter(x, d.factors, d.order)
-    functions = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
-    assert len({tuple(o) for o in d.order.tolist()}) > 8 and (d.order == -1).any()
+    x, params = images(24), augment.sample(AugmentationConfig(), 24, 32, 32, seeded_generator(2))
+    y = augment.jitter(x, params.factors, params.order)
+    orders = params.order.tolist()
+    assert len(set(map(tuple, orders))) > 8 and [-1] * 4 in orders
     for k in range(24):
         expected = x[k]
-        for which in d.order[k].tolist():
-            expected = functions[which](expected, d.factors[k, which].item()) if which >= 0 else expected
-        torch.testing.assert_close(y[k], expected, rtol=0, atol=5 * TOLERANCE)  # four operations in a row
+        for operation in orders[k]:
+            if operation >= 0:
+                factor = params.factors[k, operation].item()
+                expected = COLOR_OPERATIONS[operation](expected, factor)
+        assert_near(y[k], expected, atol=5 * TOLERANCE)  # four operations in a row
 
 
-@pytest.mark.parametrize("taps", [3, 5])
-def test_blur_and_greyscale_equal_torchvision(taps):
-    x = pictures()
-    sigma = torch.tensor([0, 0.1, 0.5, 0.9, 1.3, 1.7, 2.0, 0])
-    y = augment.blur(x, sigma, taps)
-    grey = augment.greyscale(x, torch.arange(8) % 2 == 0)
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_blur_equals_torchvision(kernel_size):
+    x, sigma = images(), torch.tensor([0, 0.1, 0.5, 0.9, 1.3, 1.7, 2.0, 0])
+    y = augment.blur(x, sigma, kernel_size)
     for k in range(8):
-        expected = tv.gaussian_blur(x[k], [taps, taps], [sigma[k].item()] * 2) if sigma[k] > 0 else x[k]
-        torch.testing.assert_close(y[k], expected, rtol=0, atol=TOLERANCE)
-        torch.testing.assert_close(grey[k], tv.rgb_to_grayscale(x[k], 3) if k % 2 == 0 else x[k], rtol=0, atol=TOLERANCE)
+        blurred = sigma[k] > 0
+        expected = tv.gaussian_blur(x[k], [kernel_size] * 2, [sigma[k].item()] * 2) if blurred else x[k]
+        assert_near(y[k], expected)
+
+
+def test_grayscale_equals_torchvision():
+    x = images()
+    y = augment.grayscale(x, torch.arange(8) % 2 == 0)
+    for k in range(8):
+        assert_near(y[k], tv.rgb_to_grayscale(x[k], 3) if k % 2 == 0 else x[k])
 
 
 def test_a_group_shares_one_augmentation_and_groups_differ():
-    one = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    views = augment.pair(one.expand(12, -1, -1, -1), Recipe(), seed=0, step=3, stream="equivariance", draws=3)
+    one = pixels(1, 32).expand(12, -1, -1, -1)
+    views = augment.two_views(one, AugmentationConfig(), seed=0, step=3, stream="equivariance", draws=3)
     first, second = views.chunk(2)
     for view in (first, second):
         groups = view.view(3, 4, -1)
         assert torch.equal(groups, groups[:, :1].expand_as(groups))
-        assert not torch.allclose(groups[0, 0], groups[1, 0]) and not torch.allclose(groups[1, 0], groups[2, 0])
+        assert not torch.allclose(groups[0], groups[1]) and not torch.allclose(groups[1], groups[2])
     assert not torch.allclose(first, second)
 
 
 @pytest.mark.parametrize("draws", [1, 4, 16])
-def test_the_view_of_an_image_depends_on_its_place_in_the_global_batch_and_not_on_the_process(draws):
-    x = torch.randint(0, 256, (16, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    whole = augment.pair(x, Recipe(size=16), 0, 7, "s", draws).chunk(2)
+def test_a_view_depends_on_the_place_in_the_global_batch_and_not_on_the_process(draws):
+    x, config = pixels(16, 20), AugmentationConfig(size=16)
+    whole = augment.two_views(x, config, 0, 7, "s", draws).chunk(2)
     for rank, part in enumerate(x.chunk(4)):
-        views = augment.pair(part, Recipe(size=16), 0, 7, "s", draws, rank, 4).chunk(2)
+        views = augment.two_views(part, config, 0, 7, "s", draws, rank, 4).chunk(2)
         for a, b in zip(whole, views, strict=True):
-            torch.testing.assert_close(a.chunk(4)[rank], b, rtol=0, atol=1e-6)
+            assert_near(a.chunk(4)[rank], b, atol=1e-6)
 
 
-def test_draws_are_reproducible_and_differ_by_step_and_seed():
-    def drawn(*path):
-        return augment.draw(Recipe(), 4, 32, 32, augment.generator(*path))
+def test_parameters_are_reproducible_and_differ_by_step_and_seed():
+    def sampled(*path):
+        return augment.sample(AugmentationConfig(), 4, 32, 32, seeded_generator(*path))
 
     def same(a, b):
         return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
 
-    assert same(drawn(0, "x", 1), drawn(0, "x", 1))
-    assert not same(drawn(0, "x", 1), drawn(0, "x", 2)) and not same(drawn(0, "x", 1), drawn(1, "x", 1))
+    assert same(sampled(0, "x", 1), sampled(0, "x", 1))
+    assert not same(sampled(0, "x", 1), sampled(0, "x", 2))
+    assert not same(sampled(0, "x", 1), sampled(1, "x", 1))
 
 
-def test_draws_follow_the_recipe():
-    recipe = Recipe(scale=(0.2, 0.6))
-    d = augment.draw(recipe, 20000, 100, 100, augment.generator(0))
-    area = (d.box[:, 2] * d.box[:, 3]).double() / 1e4
-    ratio = d.box[:, 3].double() / d.box[:, 2]
+def test_parameters_follow_the_config():
+    config = AugmentationConfig(scale=(0.2, 0.6))
+    params = augment.sample(config, 20000, 100, 100, seeded_generator(0))
+    top, left, height, width = params.box.T
+    area, ratio = (height * width).double() / 1e4, width.double() / height
     assert area.min() > 0.19 and area.max() < 0.61 and abs(area.mean() - 0.4) < 0.01
     assert ratio.min() > 0.73 and ratio.max() < 1.37
-    assert (d.box[:, 0] + d.box[:, 2]).max() <= 100 and (d.box[:, 1] + d.box[:, 3]).max() <= 100
-    rates = {"flip": (d.flip, 0.5), "grey": (d.grey, 0.2), "blur": (d.sigma > 0, 0.5), "jitter": (d.order[:, 0] >= 0, 0.8)}
+    assert (top + height).max() <= 100 and (left + width).max() <= 100
+    rates = {
+        "flip": (params.flip, 0.5),
+        "gray": (params.gray, 0.2),
+        "blur": (params.sigma > 0, 0.5),
+        "jitter": (params.order[:, 0] >= 0, 0.8),
+    }
     for name, (happened, p) in rates.items():
         assert abs(happened.double().mean() - p) < 0.015, name
-    assert d.factors[:, :3].min() >= 0.6 and d.factors[:, :3].max() <= 1.4 and d.factors[:, 3].abs().max() <= 0.1
+    factors, hue = params.factors[:, :3], params.factors[:, 3]
+    assert factors.min() >= 0.6 and factors.max() <= 1.4 and hue.abs().max() <= 0.1
 
 
 def test_a_crop_that_never_fits_becomes_the_central_one():
-    d = augment.draw(Recipe(scale=(1.0, 1.0), ratio=(1.0, 1.0)), 3, 20, 50, augment.generator(0))
-    assert d.box.tolist() == [[0, 15, 20, 20]] * 3
+    config = AugmentationConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    params = augment.sample(config, 3, 20, 50, seeded_generator(0))
+    assert params.box.tolist() == [[0, 15, 20, 20]] * 3

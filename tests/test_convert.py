@@ -1,4 +1,4 @@
-"""Checkpoints of the public code become exports with the same features; anything else is refused."""
+"""Checkpoints of the public code become exports with the same features; others are refused."""
 
 import argparse
 import json
@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from click.testing import CliRunner
+from helpers import care_hub_command
 from torch import nn
 
 import care_hub
-from care_hub import cli
-from care_hub.convert import convert
+from care_hub.convert import convert_checkpoint
 from care_hub.errors import CareHubError
 
 
@@ -24,9 +23,9 @@ class PublicCifar(nn.Module):
         super().__init__()
         net = getattr(torchvision.models, depth)()
         net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        kept = [m for name, m in net.named_children() if name not in ("maxpool", "fc")]
-        self.f = nn.Sequential(*kept)
-        self.g = nn.Sequential(nn.Linear(net.fc.in_features, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128))
+        self.f = nn.Sequential(*(m for name, m in net.named_children() if name not in ("maxpool", "fc")))
+        first = nn.Linear(net.fc.in_features, 512, bias=False)
+        self.g = nn.Sequential(first, nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128))
 
     def forward(self, x):
         h = torch.flatten(self.f(x), 1)
@@ -61,7 +60,7 @@ def saved(model, path, **extra):
 
 
 def check(model, folder, size, mean, std):
-    """In float64, where rounding can't hide a difference; and the normalisation through encode()."""
+    """In float64, where rounding can't hide a difference; and the normalization through encode()."""
     images = torch.rand(2, 3, size, size)
     x = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     encoder = care_hub.load_encoder(folder)
@@ -82,23 +81,25 @@ def layout(shared, name, model):
 @pytest.mark.parametrize("depth", ["resnet18", "resnet50"])
 def test_cifar_checkpoints(depth, tmp_path):
     torch.manual_seed(0)
-    model = saved(PublicCifar(depth), tmp_path / "c.pth.tar", args=argparse.Namespace(dataset_name="cifar100", lr=0.1), best_acc_1=1.0)
-    done = CliRunner().invoke(cli.main, ["convert", str(tmp_path / "c.pth.tar"), str(tmp_path / "out")])
-    assert done.exit_code == 0, done.output
+    options = argparse.Namespace(dataset_name="cifar100", lr=0.1)
+    model = saved(PublicCifar(depth), tmp_path / "c.pth.tar", args=options, best_acc_1=1.0)
+    care_hub_command("convert", tmp_path / "c.pth.tar", tmp_path / "out")
     check(model, tmp_path / "out", 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
     care = json.loads((tmp_path / "out" / "config.json").read_text())["care"]
     assert care["model"] == f"{depth}_cifar" and care["dataset"] == "cifar100"
+    assert care["converted_from"] == "c.pth.tar" and care["epoch"] == 7
 
 
 def test_imagenet_checkpoints_of_both_methods(tmp_path):
     torch.manual_seed(0)
     model = saved(PublicImageNet(True), tmp_path / "i.pth.tar", arch="resnet50")
-    convert(tmp_path / "i.pth.tar", tmp_path / "out")
+    convert_checkpoint(tmp_path / "i.pth.tar", tmp_path / "out")
     check(model, tmp_path / "out", 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     query = {k: v for k, v in model.float().state_dict().items() if k.startswith("encoder_q")}
     torch.save({"state_dict": query, "arch": "resnet50"}, tmp_path / "simclr.pth.tar")
-    convert(tmp_path / "simclr.pth.tar", tmp_path / "simclr")
-    assert (tmp_path / "simclr" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    convert_checkpoint(tmp_path / "simclr.pth.tar", tmp_path / "simclr")
+    of_moco, of_simclr = (tmp_path / name / "model.safetensors" for name in ("out", "simclr"))
+    assert of_simclr.read_bytes() == of_moco.read_bytes()
 
 
 def test_the_stand_ins_have_the_public_layout(shared):
@@ -119,19 +120,25 @@ def test_anything_else_is_refused_with_what_was_found(tmp_path, monkeypatch):
     def refused(content, match, **options):
         torch.save(content, "x.pth.tar")
         with pytest.raises(CareHubError, match=match):
-            convert("x.pth.tar", "out", **options)
+            convert_checkpoint("x.pth.tar", "out", **options)
         assert not (tmp_path / "out").exists()
 
-    refused({"state_dict": {"module.backbone.conv1.weight": torch.zeros(1)}}, r"found keys like backbone\.conv1\.weight")
+    strange = {"module.backbone.conv1.weight": torch.zeros(1)}
+    refused({"state_dict": strange}, r"found keys like backbone\.conv1\.weight")
     refused([1, 2], "found list")
     refused({"state_dict": {}, "args": Evil()}, "can't be read safely")
     assert not (tmp_path / "evil-was-here").exists()
     model = PublicCifar("resnet18").state_dict()
-    refused({"state_dict": model}, "give --dataset-name")
-    refused({"state_dict": {k: v for k, v in model.items() if "layer" not in k and not k.startswith("f.6")}}, "residual blocks")
-    refused({"state_dict": model | {"g.0.weight": torch.zeros(512, 100)}}, "should be", dataset_name="cifar10")
+    refused({"state_dict": model}, "pass `dataset_name`")
+    assert "pass --dataset-name" in care_hub_command("convert", "x.pth.tar", "out", ok=False)
+    shallow = {k: v for k, v in model.items() if not k.startswith("f.6")}
+    refused({"state_dict": shallow}, "found 6 residual blocks")
+    headless = {k: v for k, v in model.items() if not k.startswith("g.")}
+    refused({"state_dict": headless}, "can't be converted")
+    narrow = model | {"g.0.weight": torch.zeros(512, 100)}
+    refused({"state_dict": narrow}, "should be", dataset_name="cifar10")
     (tmp_path / "x.pth.tar").write_bytes(b"not a checkpoint")
     with pytest.raises(CareHubError, match="can't be read safely"):
-        convert("x.pth.tar", "out")
+        convert_checkpoint("x.pth.tar", "out")
     with pytest.raises(CareHubError, match="no checkpoint"):
-        convert("absent.pth.tar", "out")
+        convert_checkpoint("absent.pth.tar", "out")

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT, run
+from helpers import ROOT, run
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,9 @@ def test_the_default_run_learns_shapes_and_rotates(tmp_path):
 
 @pytest.mark.parametrize("flags", [(), ("--weight", "0")])
 def test_moco_learns_shapes(flags, tmp_path):
-    assert result(tmp_path, "moco", "--config", ROOT / "recipes" / "shapes_moco.yaml", *flags)["knn_top1"] >= 45
+    assert (
+        result(tmp_path, "moco", "--config", ROOT / "recipes" / "shapes_moco.yaml", *flags)["knn_top1"] >= 45
+    )
 
 
 def test_the_small_recipe_learns_real_cifar10(shared, tmp_path):

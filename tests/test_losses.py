@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 from care_hub import losses
 from care_hub.errors import CareHubError
 
+REFERENCE = "reference/official_values.safetensors"
+
 
 def unit(*shape, seed=0, dtype=torch.float64):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(dtype)
 
 
 def slow_info_nce(z1, z2, t):
@@ -26,37 +29,47 @@ def slow_info_nce(z1, z2, t):
     return total / len(z)
 
 
+def slow_uniformity(z1, z2, t):
+    z, total = torch.cat([z1, z2]), 0
+    for i in range(len(z)):
+        negatives = (k for k in range(len(z)) if k not in (i, (i + len(z1)) % len(z)))
+        total += math.log(sum(math.exp(float(z[i] @ z[k]) / t) for k in negatives))
+    return total / len(z)
+
+
 def slow_equivariance(z1, z2, groups):
     m, total = len(z1) // groups, 0
     for g in range(groups):
         rows = range(g * m, (g + 1) * m)
-        total += sum(2 * float(z1[i] @ z1[j] - z2[i] @ z2[j]) ** 2 for i in rows for j in rows if i != j) / m
+        pairs = ((i, j) for i in rows for j in rows if i != j)
+        total += sum(2 * float(z1[i] @ z1[j] - z2[i] @ z2[j]) ** 2 for i, j in pairs) / m
     return total / groups
 
 
 def test_losses_equal_their_definition_written_out():
     z1, z2 = unit(12, 5), unit(12, 5, seed=1)
     assert math.isclose(losses.info_nce(z1, z2, 0.3), slow_info_nce(z1, z2, 0.3), rel_tol=1e-12)
+    assert math.isclose(losses.uniformity(z1, z2, 0.3), slow_uniformity(z1, z2, 0.3), rel_tol=1e-12)
     assert math.isclose(losses.equivariance(z1, z2, 3), slow_equivariance(z1, z2, 3), rel_tol=1e-12)
-    parts = losses.alignment(z1, z2, 0.3) + torch.logsumexp(torch.stack([losses.uniformity(z1, z2, 0.3)]), 0)
+    parts = losses.alignment(z1, z2, 0.3) + losses.uniformity(z1, z2, 0.3)
     assert parts < losses.info_nce(z1, z2, 0.3)  # uniformity leaves the positive out of its sum
 
 
 @pytest.mark.parametrize("case", range(4))
 def test_losses_and_gradients_equal_the_public_code(shared, case):
-    path = shared("reference/official_values.safetensors")
+    path, prefix = shared(REFERENCE), f"case{case}."
     with safe_open(path, "pt") as file:
         settings = json.loads(file.metadata()["cases"])[f"case{case}"]
-    values = {k.removeprefix(f"case{case}."): v for k, v in load_file(path).items() if k.startswith(f"case{case}.")}
+    values = {k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)}
     t, groups = settings["temperature"], settings["num_chunks"]
-    for name, function in {
-        "infonce": lambda a, b: losses.info_nce(a, b, t),
-        "alignment": lambda a, b: losses.alignment(a, b, t),
-        "uniformity": lambda a, b: losses.uniformity(a, b, t),
-        "equivariance": lambda a, b: losses.equivariance(a, b, groups),
-    }.items():
+    for name, function, argument in (
+        ("infonce", losses.info_nce, t),
+        ("alignment", losses.alignment, t),
+        ("uniformity", losses.uniformity, t),
+        ("equivariance", losses.equivariance, groups),
+    ):
         z1, z2 = (values[k].clone().requires_grad_() for k in ("z1", "z2"))
-        loss = function(z1, z2)
+        loss = function(z1, z2, argument)
         torch.testing.assert_close(loss, values[name].squeeze(), rtol=1e-12, atol=1e-12)
         if f"{name}.grad_z1" in values:
             loss.backward()
@@ -65,7 +78,7 @@ def test_losses_and_gradients_equal_the_public_code(shared, case):
 
 
 def test_moco_equals_the_public_code(shared):
-    v = {k: t for k, t in load_file(shared("reference/official_values.safetensors")).items() if k.startswith("moco.")}
+    v = {k: t for k, t in load_file(shared(REFERENCE)).items() if k.startswith("moco.")}
     query = v["moco.q"].clone().requires_grad_()
     loss = losses.moco(query, v["moco.k"], v["moco.queue"].T, 0.2)
     loss.backward()
@@ -88,7 +101,8 @@ def test_half_precision_stays_finite_and_close_at_temperature_007(dtype):
 
 def test_equivariance_is_zero_exactly_for_a_common_rotation_of_each_group():
     z = unit(32, 8)
-    rotations = torch.linalg.qr(torch.randn(4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))).Q
+    generator = torch.Generator().manual_seed(3)
+    rotations = torch.linalg.qr(torch.randn(4, 8, 8, dtype=torch.float64, generator=generator)).Q
     rotated = torch.einsum("gde,gme->gmd", rotations, z.view(4, 8, 8)).reshape(32, 8)
     assert losses.equivariance(z, rotated, 4) < 1e-28
     assert losses.equivariance(z, rotated, 2) > 1e-3  # not for groups with two rotations in them
@@ -104,6 +118,8 @@ def test_a_batch_that_does_not_divide_into_groups_is_refused():
 def test_subtypes():
     z1, z2 = unit(8, 4), unit(8, 4, seed=1)
     assert losses.contrastive(z1, z2, 0.5, "none") == 0
+    assert losses.contrastive(z1, z2, 0.5) == losses.info_nce(z1, z2, 0.5)
+    assert losses.contrastive(z1, z2, 0.5, "alignment") == losses.alignment(z1, z2, 0.5)
     assert losses.contrastive(z1, z2, 0.5, "uniformity") == losses.uniformity(z1, z2, 0.5)
     with pytest.raises(CareHubError, match="infonce"):
         losses.contrastive(z1, z2, 0.5, "info")

@@ -1,38 +1,52 @@
-"""Every recipe resolves, and trains two steps with its own model on stand-in pictures of the right size."""
+"""Every recipe resolves, and trains two steps with its own model on stand-in images of the right size."""
 
 import functools
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from conftest import ROOT, metrics
+from helpers import ROOT, command, metrics
 from PIL import Image
 
-from care_hub import cli, figures, trainer
+from care_hub import cli
 from care_hub.config import TrainConfig, read_yaml
 from care_hub.data import sources
+from care_hub.encoder import Encoder
+from care_hub.training import run
 
-READ = functools.cache(sources._read)  # the stand-ins do not change between the plan and the run
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
-    """A training picture for each class of ImageNet-100 and a test picture for ten, a little larger than `size`."""
+    """A training image per class of ImageNet-100 and a test image for ten, a little larger than `size`."""
     names = (ROOT / "care_hub" / "data" / "imagenet100.txt").read_text().split()
 
     @functools.cache
     def make(size: int):
-        root, draw = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
+        root, random = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
         for split, some in (("train", names), ("validation", names[:10])):
             for name in some:
                 (root / split / name).mkdir(parents=True)
-                small = draw.randint(0, 256, (6, 5, 3)).astype(np.uint8)
+                small = random.randint(0, 256, (6, 5, 3)).astype(np.uint8)
                 Image.fromarray(small).resize((size + 16, size + 40)).save(root / split / name / "0.jpg")
         return root
 
     return make
+
+
+@pytest.fixture(scope="module")
+def read_once():
+    """`sources._read_splits` that reads a folder once: it does not change between the plan and the run."""
+    read, known = sources._read_splits, {}
+
+    def once(data, spec):
+        key = (data.data_root, data.dataset_name)
+        if key not in known:
+            known[key] = read(data, spec)
+        return known[key]
+
+    return once
 
 
 def test_recipes_say_what_they_set():
@@ -41,35 +55,34 @@ def test_recipes_say_what_they_set():
         assert getattr(TrainConfig(), name) == (tuple(value) if isinstance(value, list) else value), name
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe(recipe, stand_ins, tmp_path, monkeypatch):
-    values = read_yaml(ROOT / "recipes" / f"{recipe}.yaml")
-    monkeypatch.setattr(figures, "neighbours", lambda *_: None)  # sheets have tests of their own
-    data = []
-    if values["dataset_name"] != "shapes":
-        size = sources.spec(values["dataset_name"]).size
-        data = ["--data-root", str(stand_ins(size)), "--num-workers", "0"]
-        monkeypatch.setattr(sources, "_read", READ)
-        monkeypatch.setattr(sources, "HELD_BYTES", 0 if size > 100 else sources.HELD_BYTES)
-        about = sources.SPECS[values["dataset_name"]]
-        layout = replace(about, image="image", label="label", train="train")  # stand-ins are class folders
-        monkeypatch.setitem(sources.SPECS, values["dataset_name"], layout)
-    words = ["--config", str(ROOT / "recipes" / f"{recipe}.yaml"), "--save-root", str(tmp_path / "runs"), "--run-name", "r", *data]
-    words += ["--batch-size", "8", "--equiv-splits", "2"]
+def test_recipe(recipe, stand_ins, read_once, tmp_path, monkeypatch):
+    file = ROOT / "recipes" / f"{recipe}.yaml"
+    values = read_yaml(file)
+    monkeypatch.setattr(run, "plot_neighbors", lambda *_: None)  # sheets have tests of their own
+    words = ["--config", file, "--save-root", tmp_path / "runs", "--run-name", "r"]
+    words += ["--batch-size", 8, "--equiv-splits", 2]
+    name = values["dataset_name"]
+    if name != "shapes":
+        size = sources.dataset_spec(name).size
+        words += ["--data-root", stand_ins(size), "--num-workers", 0]
+        monkeypatch.setattr(sources, "_read_splits", read_once)
+        monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0 if size > 100 else sources.IN_MEMORY_BYTES)
+        layout = replace(sources.SPECS[name], image="image", label="label", train="train")  # class folders
+        monkeypatch.setitem(sources.SPECS, name, layout)
     if "equivariant_batch_size" in values:
-        words += ["--equivariant-batch-size", "4"]
+        words += ["--equivariant-batch-size", 4]
     if values.get("method") == "moco":
-        words += ["--queue-size", "64"]
-    plan = CliRunner().invoke(cli.train, [*words, "--dry-run"])
-    assert plan.exit_code == 0, plan.output
-    for word in (values.get("model", "resnet10_w16_small"), "steps of 8 images", "8 images per process, 2 groups", "learning rate", "GiB"):
-        assert word in plan.output
+        words += ["--queue-size", 64]
+    plan = command(cli.train, *words, "--dry-run")
+    assert values.get("model", "resnet10_w16_small") in plan
+    for word in ("steps of 8 images", "8 images per process, 2 groups", "learning rate", "GiB"):
+        assert word in plan
     assert not (tmp_path / "runs").exists()
-    if recipe == "shapes":
-        return  # the defaults: every other test trains them
-    done = CliRunner().invoke(cli.train, [*words, "--max-steps", "2"])
-    assert done.exit_code == 0, done.output
-    assert len(metrics(tmp_path / "runs" / "r")) == 2
+    if recipe != "shapes":  # the defaults: every other test trains them
+        command(cli.train, *words, "--max-steps", 2)
+        assert len(metrics(tmp_path / "runs" / "r")) == 2
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -79,11 +92,20 @@ def test_recipe_as_published_divides(recipe):
         config.check_processes(processes)
 
 
+@pytest.mark.launches
 def test_any_timm_backbone_trains_also_a_vision_transformer(photos, tmp_path):
-    flags = ["--dataset-name", "imagefolder", "--data-root", str(photos), "--save-root", str(tmp_path), "--run-name", "r"]
-    flags += ["--batch-size", "8", "--equiv-splits", "2", "--max-steps", "2", "--model", "vit_tiny_patch16_224"]
-    done = CliRunner().invoke(cli.train, [*flags, "--image-size", "48", "--optimizer", "adamw", "--lr", "0.001"])
-    assert done.exit_code == 0, done.output
-    assert trainer.Encoder.from_pretrained(tmp_path / "r").backbone.patch_embed.img_size == (48, 48)
-    refused = CliRunner().invoke(cli.train, [*flags, "--image-size", "40", "--run-name", "s"])
-    assert refused.exit_code == 1 and "patches of 16 pixels, which do not fill 40; use --image-size 32" in refused.output
+    flags = [
+        "--dataset-name",
+        "imagefolder",
+        "--data-root",
+        photos,
+        "--save-root",
+        tmp_path,
+        "--run-name",
+        "r",
+    ]
+    flags += ["--batch-size", 8, "--equiv-splits", 2, "--max-steps", 2, "--model", "vit_tiny_patch16_224"]
+    command(cli.train, *flags, "--image-size", 48, "--optimizer", "adamw", "--lr", 0.001)
+    assert Encoder.from_pretrained(tmp_path / "r").backbone.patch_embed.img_size == (48, 48)
+    refused = command(cli.train, *flags, "--image-size", 40, "--run-name", "s", ok=False)
+    assert "patches of 16 pixels, which do not fill 40; use --image-size 32" in refused

@@ -1,10 +1,19 @@
-"""The embedded data set: ten shapes in eight colours, made from a seed, the same bytes on every machine.
+"""The embedded data set: ten shapes in eight colors, made from a seed, the same bytes on every machine.
 
-Only +, -, *, / on float64, comparisons and NumPy's frozen legacy generator are used: no sine, no BLAS, nothing whose
-last bit depends on the processor.
+Only +, -, *, / on float64, comparisons and NumPy's frozen legacy generator are used: no sine, no BLAS,
+nothing whose last bit depends on the processor.
 """
 
+from typing import TYPE_CHECKING, TypeAlias
+
 import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    import datasets
+
+Factors: TypeAlias = dict[str, np.ndarray]  # each (N,), by name
+Points: TypeAlias = list[tuple[float, float]]
 
 SHAPES = ("circle", "ring", "crescent", "triangle", "square", "bar", "plus", "star", "heart", "arrow")
 COLORS = {
@@ -22,15 +31,17 @@ SIZES = {"train": 5000, "test": 2000}
 _FINE = 4  # sample points per pixel side
 
 # Corners in the unit disk, x to the right, y down.
-_STAR = [
+_STAR: Points = [
     (0.0, -1.0), (0.2245, -0.309), (0.9511, -0.309), (0.3633, 0.118), (0.5878, 0.809),
     (0.0, 0.382), (-0.5878, 0.809), (-0.3633, 0.118), (-0.9511, -0.309), (-0.2245, -0.309),
 ]  # fmt: skip
-_ARROW = [(0.0, -1.0), (0.75, -0.1), (0.28, -0.1), (0.28, 0.95), (-0.28, 0.95), (-0.28, -0.1), (-0.75, -0.1)]
+_ARROW: Points = [
+    (0.0, -1.0), (0.75, -0.1), (0.28, -0.1), (0.28, 0.95), (-0.28, 0.95), (-0.28, -0.1), (-0.75, -0.1),
+]  # fmt: skip
 
 
-def _polygon(x, y, corners):
-    """Even-odd rule."""
+def _polygon(x: np.ndarray, y: np.ndarray, corners: Points) -> np.ndarray:
+    """Whether points lie in a polygon, by the even-odd rule."""
     inside = np.zeros(np.broadcast(x, y).shape, dtype=bool)
     for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
         if y0 != y1:
@@ -38,7 +49,7 @@ def _polygon(x, y, corners):
     return inside
 
 
-def _inside(shape: str, x, y):
+def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Whether points of the shape's own plane (unit disk) belong to it."""
     ax, ay = np.abs(x), np.abs(y)
     square = x * x + y * y
@@ -64,9 +75,15 @@ def _inside(shape: str, x, y):
     return _polygon(x, y, _ARROW)
 
 
-def factors(n: int, seed: int) -> dict[str, np.ndarray]:
-    """What is drawn in each picture: label, color (indices), x, y (centre, pixels), size (radius, pixels),
-    rotation (degrees, counter-clockwise, up to 30 either way), background (grey level)."""
+def factors(n: int, seed: int) -> Factors:
+    """What each of `n` images shows.
+
+    label, color (indices), x, y (center, pixels), size (radius, pixels), rotation (degrees,
+    counter-clockwise, up to 30 either way), background (gray level).
+
+    >>> SHAPES[factors(1, seed=0)["label"][0]]
+    'bar'
+    """
     u = np.random.RandomState(seed).random_sample((n, 7))
     size = 9 + 4 * u[:, 2]
     room = SIDE - 2 * size
@@ -81,7 +98,7 @@ def factors(n: int, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def _sine_cosine(degrees):
+def _sine_cosine(degrees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """By power series in exact order of operations: libm's last bit differs between machines."""
     angle = degrees * (3.141592653589793 / 180) / 4
     square = angle * angle
@@ -92,44 +109,63 @@ def _sine_cosine(degrees):
     return sine, cosine
 
 
-def render(f: dict[str, np.ndarray]) -> np.ndarray:
-    """Factors -> (N, 32, 32, 3) uint8."""
+def render(f: Factors) -> np.ndarray:
+    """The images of `factors`: (N, 32, 32, 3) uint8.
+
+    >>> render(factors(2, seed=0)).shape
+    (2, 32, 32, 3)
+    """
     n = len(f["label"])
     out = np.empty((n, SIDE, SIDE, 3), dtype=np.uint8)
-    grid = (np.arange(SIDE * _FINE) + 0.5) / _FINE
-    palette = np.array(list(COLORS.values()), dtype=np.int64)
-    total = _FINE * _FINE
-    for start in range(0, n, 100):
+    for start in range(0, n, 100):  # so that little memory is used
         for label, shape in enumerate(SHAPES):
             rows = start + np.flatnonzero(f["label"][start : start + 100] == label)
-            if not len(rows):
-                continue
-            sine, cosine = (v[:, None, None] for v in _sine_cosine(f["rotation"][rows]))
-            size = f["size"][rows][:, None, None]
-            dx = (grid[None, None, :] - f["x"][rows][:, None, None]) / size
-            dy = (grid[None, :, None] - f["y"][rows][:, None, None]) / size
-            mask = _inside(shape, cosine * dx - sine * dy, sine * dx + cosine * dy)
-            cover = mask.reshape(len(rows), SIDE, _FINE, SIDE, _FINE).sum(axis=(2, 4))[..., None]
-            front = palette[f["color"][rows]][:, None, None, :]
-            back = f["background"][rows][:, None, None, None]
-            out[rows] = (back * (total - cover) + front * cover + total // 2) // total
+            if len(rows):
+                out[rows] = _render_shape(shape, {name: values[rows] for name, values in f.items()})
     return out
 
 
-def split_factors(split: str = "train", seed: int = 0) -> dict[str, np.ndarray]:
-    """`factors` of the 5,000 training or 2,000 test pictures."""
+def _render_shape(shape: str, f: Factors) -> np.ndarray:
+    """Images that all show `shape`, antialiased: the share of a pixel's sample points that it covers."""
+    grid = (np.arange(SIDE * _FINE) + 0.5) / _FINE
+    dx = (grid[None, None, :] - _column(f["x"])) / _column(f["size"])
+    dy = (grid[None, :, None] - _column(f["y"])) / _column(f["size"])
+    sine, cosine = _sine_cosine(_column(f["rotation"]))
+    mask = _inside(shape, cosine * dx - sine * dy, sine * dx + cosine * dy)
+    cover = mask.reshape(-1, SIDE, _FINE, SIDE, _FINE).sum(axis=(2, 4))[..., None]
+    palette = np.array(list(COLORS.values()), dtype=np.int64)
+    front = palette[f["color"]][:, None, None, :]
+    back = f["background"][:, None, None, None]
+    total = _FINE * _FINE
+    return (back * (total - cover) + front * cover + total // 2) // total
+
+
+def _column(values: np.ndarray) -> np.ndarray:
+    """(N,) to (N, 1, 1), which goes with (N, rows, columns)."""
+    return values[:, None, None]
+
+
+def split_factors(split: str = "train", seed: int = 0) -> Factors:
+    """`factors` of the 5,000 training or 2,000 test images."""
     return factors(SIZES[split], seed * 2 + (split == "test"))
 
 
-def make(split: str = "train", seed: int = 0):
+def make(split: str = "train", seed: int = 0) -> "datasets.Dataset":
     """The split as a `datasets.Dataset`: image, label (shape), color, and the other factors as numbers."""
-    from datasets import ClassLabel, Dataset, Features, Image, Value
-    from PIL import Image as Picture
+    import datasets
 
     f = split_factors(split, seed)
-    pictures = [Picture.fromarray(p) for p in render(f)]
-    columns = {"image": Image(), "label": ClassLabel(names=list(SHAPES)), "color": ClassLabel(names=list(COLORS))}
     numbers = ("x", "y", "size", "rotation", "background")
-    features = Features(columns | {k: Value("float32") for k in numbers})
-    data = {"image": pictures, "label": f["label"], "color": f["color"]}
-    return Dataset.from_dict(data | {k: f[k].astype(np.float32) for k in numbers}, features=features)
+    features = {
+        "image": datasets.Image(),
+        "label": datasets.ClassLabel(names=list(SHAPES)),
+        "color": datasets.ClassLabel(names=list(COLORS)),
+        **{name: datasets.Value("float32") for name in numbers},
+    }
+    columns = {
+        "image": [Image.fromarray(image) for image in render(f)],
+        "label": f["label"],
+        "color": f["color"],
+        **{name: f[name].astype(np.float32) for name in numbers},
+    }
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

@@ -1,329 +1,294 @@
-"""Data sets by name, from the Hub or a local copy, as uint8 pictures of one size.
+"""Data sets by name, from the Hub or a local copy, as uint8 images of one size.
 
-Small sets are decoded once and held as one tensor; large ones stream through loader processes. Both offer
-`len()`, `labels` and `batches(index_batches)`.
+Small ones are decoded once, into memory; large ones are streamed through loader processes.
 """
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from ..config import DataConfig
 from ..errors import CareHubError, suggest
-from . import pictures, shapes
+from . import shapes
+from .decode import resize_and_center_crop, to_rgb
+from .images import Images, InMemoryImages, StreamedImages, decode_into_memory
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HELD_BYTES = 4 << 30  # larger data sets stream
-MEND = "Mend or remove it, or pass --skip-broken-images."
+if TYPE_CHECKING:
+    import datasets
+
+Statistics: TypeAlias = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, std
+
+IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IN_MEMORY_BYTES = 4 << 30  # larger data sets are streamed
 
 
 @dataclass(frozen=True)
-class Spec:
-    """Where a data set is and how it is laid out. Normalisations are those of the public CARE code."""
+class DatasetSpec:
+    """Where a data set is and how it is laid out."""
 
     hub_id: str | None = None
-    image: str | None = None  # None: the only image column
-    label: str | None = None
-    train: str = "train"
+    image: str | None = None  # the column; None: the first image column
+    label: str | None = None  # the column; None: "label", or the first column of class labels
+    train: str = "train"  # splits, joined by +
     test: tuple[str, ...] = ("test", "validation", "val", "valid")  # the first that exists
     size: int = 224
-    statistics: tuple = IMAGENET
+    statistics: Statistics = IMAGENET
 
 
+# Statistics are those of the public CARE code.
 SPECS = {
-    "shapes": Spec(image="image", label="label", size=32, statistics=((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))),
-    "cifar10": Spec("uoft-cs/cifar10", "img", "label", size=32, statistics=((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))),
-    "cifar100": Spec(
-        "uoft-cs/cifar100", "img", "fine_label", size=32, statistics=((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+    "shapes": DatasetSpec(
+        image="image",
+        label="label",
+        size=32,
+        statistics=((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
     ),
-    "stl10": Spec(
-        "jxie/stl10", "image", "label", train="train+unlabeled", size=32,
+    "cifar10": DatasetSpec(
+        hub_id="uoft-cs/cifar10",
+        image="img",
+        label="label",
+        size=32,
+        statistics=((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    ),
+    "cifar100": DatasetSpec(
+        hub_id="uoft-cs/cifar100",
+        image="img",
+        label="fine_label",
+        size=32,
+        statistics=((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    ),
+    "stl10": DatasetSpec(
+        hub_id="jxie/stl10",
+        image="image",
+        label="label",
+        train="train+unlabeled",
+        size=32,
         statistics=((0.4406, 0.4273, 0.3858), (0.2312, 0.2265, 0.2237)),
     ),
-    "imagenet100": Spec("clane9/imagenet-100", "image", "label"),
-    "imagefolder": Spec(image="image", label="label"),
-}  # fmt: skip
+    "imagenet100": DatasetSpec(hub_id="clane9/imagenet-100", image="image", label="label"),
+    "imagefolder": DatasetSpec(image="image", label="label"),
+}
 
 
-def spec(name: str) -> Spec:
+def dataset_spec(name: str) -> DatasetSpec:
+    """The layout of a data set, by name or Hub id. Raises CareHubError for an unknown name.
+
+    >>> dataset_spec("cifar10").size
+    32
+    """
     if name in SPECS:
         return SPECS[name]
     if "/" in name:
-        return Spec(hub_id=name)
+        return DatasetSpec(hub_id=name)
     raise CareHubError(
-        f"there is no data set '{name}'{suggest(name, SPECS)}; choose from {', '.join(SPECS)} or give a Hub id like org/name."
+        f"there is no data set '{name}'{suggest(name, SPECS)}; choose from {', '.join(SPECS)} "
+        "or give a Hub id like org/name."
     )
 
 
-@dataclass
-class Images:
-    """Pictures of one split. Exactly one of `held` (N, 3, S, S) uint8 and `rows` (a datasets.Dataset) is set."""
+def load_split(data: DataConfig, split: str, size: int | None = None, progress: bool = True) -> Images | None:
+    """The "train" or the "test" split of a data set; None if it has no test split.
 
-    size: int
-    labels: Tensor | None  # (N,) int64
-    class_names: list[str] | None
-    held: Tensor | None = None
-    rows: object = None
-    columns: dict[str, Tensor] = field(default_factory=dict)  # further factors, e.g. color of `shapes`
-    skipped: list[str] = field(default_factory=list)  # broken pictures, named
-    skip_broken: bool = False
-    workers: int = 0
+    In memory the images have the side `size` (the data set's own by default); streamed, 8/7 of it, the usual
+    256 for 224. Raises CareHubError for unknown names, folders or columns, an unreachable Hub, and an image
+    that can't be decoded (with `skip_broken_images` its error is in `skipped` instead).
 
-    def __len__(self) -> int:
-        return len(self.held) if self.held is not None else len(self.rows)
-
-    def to(self, device) -> "Images":
-        if self.held is not None:
-            self.held = self.held.to(device)
-        return self
-
-    def batches(self, index_batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """One (b, 3, S, S) uint8 tensor for each 1-d tensor of indices."""
-        if self.held is not None:
-            yield from (self.held[index.to(self.held.device)] for index in index_batches)
-        else:
-            yield from self._stream(index_batches, partial(_fitted, size=self.size), torch.stack)
-
-    def cut_batches(self, batches: Iterable[tuple[Tensor, int, int]], cutter: Callable) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Streamed pictures with every view cut out in the loader processes, from the full picture.
-
-        `batches`: (indices, micro-step, place of the first in the global batch). `cutter(picture, step, place)` gives a
-        list of PIL crops for the contrastive pair and one, maybe empty, for the pair drawn per group; they come out
-        stacked, (b, V, 3, S, S) uint8 each, None where there are none.
-        """
-        jobs = ([(i, step, first + k) for k, i in enumerate(index.tolist())] for index, step, first in batches)
-        yield from self._stream(jobs, cutter, _stack_views)
-
-    def _stream(self, batches: Iterable, use: Callable, stack: Callable) -> Iterator:
-        loader = torch.utils.data.DataLoader(
-            _Rows(self.rows, use, self.skip_broken), batch_sampler=_Lazy(batches), num_workers=self.workers,
-            collate_fn=partial(_collate, stack=stack), pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
-        for problems, batch in loader:
-            if problems and not self.skip_broken:
-                raise CareHubError(f"{problems[0]} {MEND}")
-            self.skipped += [p for p in problems if p not in self.skipped]
-            yield batch
-
-    def take(self, index: Tensor) -> "Images":
-        """The pictures `index`, decoded and held."""
-        held = torch.cat(list(self.batches(index.split(256))))
-        pick = lambda t: None if t is None else t[index]  # noqa: E731
-        columns = {k: v[index] for k, v in self.columns.items()}
-        return Images(self.size, pick(self.labels), self.class_names, held, columns=columns)
-
-
-def center(x: Tensor, size: int) -> Tensor:
-    """The central `size` x `size` square of (..., S, S)."""
-    top = (x.shape[-1] - size) // 2
-    return x[..., top : top + size, top : top + size]
-
-
-class _Lazy:
-    """A sampler over an iterator, so that a long run's order is never a list in memory."""
-
-    def __init__(self, batches: Iterable):
-        self.batches = batches
-
-    def __iter__(self):
-        return (b.tolist() if isinstance(b, Tensor) else b for b in self.batches)
-
-
-class _Rows(torch.utils.data.Dataset):
-    """Decodes rows of a data set in loader processes: (what was wrong or None, what `use` makes of the picture).
-
-    A job is an index, or an index and arguments for `use`. With `skip_broken` the next picture that can be decoded
-    takes a broken one's place.
+    >>> load_split(DataConfig("shapes"), "test", progress=False).class_names[:3]
+    ['circle', 'ring', 'crescent']
     """
-
-    def __init__(self, rows, use: Callable, skip_broken: bool):
-        self.rows, self.use, self.skip_broken = rows, use, skip_broken
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, job) -> tuple[str | None, object]:
-        index, *arguments = job if isinstance(job, tuple) else (job,)
-        problem = None
-        for other in range(index, index + (len(self) if self.skip_broken else 1)):
-            row = other % len(self)
-            try:
-                return problem, self.use(_picture(self.rows[row]["image"], f"row {row}"), *arguments)
-            except CareHubError as error:
-                problem = problem or str(error)
-        return problem, None
+    spec = _spec_of_size(data, size)
+    if data.dataset_name == "shapes":
+        return _render_shapes(split, spec.size)
+    splits = _read_splits(data, spec)
+    rows = _train_rows(splits, data, spec) if split == "train" else _test_rows(splits, spec)
+    return None if rows is None else _make_images(rows, split, data, spec, progress)
 
 
-def _collate(items: list, stack: Callable) -> tuple[list[str], object]:
-    problems = [problem for problem, _ in items if problem]
-    values = [value for _, value in items]
-    return problems, None if any(v is None for v in values) else stack(values)
+def load_splits(
+    data: DataConfig, size: int | None = None, progress: bool = True
+) -> tuple[Images, Images | None]:
+    """The training and the test split, as `load_split` gives them.
 
-
-def _stack_views(items: list[tuple[list, list]]) -> tuple[Tensor, Tensor | None]:
-    stacks = [[torch.stack([_tensor(p) for p in views]) for item in items if (views := item[kind])] for kind in (0, 1)]
-    return torch.stack(stacks[0]), torch.stack(stacks[1]) if stacks[1] else None
-
-
-def _picture(cell: dict, where: str):
-    name = f"the picture '{cell['path']}' ({where})" if cell.get("path") else f"the picture in {where}"
-    return pictures.rgb(cell["bytes"] or cell["path"], name)
-
-
-def _fitted(picture, size: int) -> Tensor:
-    return _tensor(pictures.fit(picture, size))
-
-
-def _tensor(picture) -> Tensor:
-    return torch.from_numpy(pictures.pixels(picture).copy())
-
-
-def load(
-    name: str,
-    split: str,
-    root: str | None = None,
-    size: int | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    workers: int = 0,
-    skip_broken: bool = False,
-    progress: bool = True,
-    splits: dict | None = None,
-) -> Images | None:
-    """The `train` or `test` split of a data set; None where it has no test split.
-
-    Held pictures have the side `size` (the data set's own by default); streamed ones 8/7 of it, the usual 256 for 224.
-    Raises CareHubError for unknown names, folders or columns, an unreachable Hub, and a picture that can't be decoded
-    (unless `skip_broken`: then `skipped` names it). `splits`: what `_read` has given, where it was called already.
+    A folder is listed once, since that can take minutes.
     """
-    about = spec(name)
-    size = size or about.size
-    if name == "shapes":
-        return _shapes(split, size)
-    splits = splits or _read(name, about, root)
-    wanted = about.train.split("+") if split == "train" else [s for s in about.test if s in splits][:1]
-    if split == "test" and not wanted:
-        return None
-    missing = [s for s in wanted if s not in splits]
-    if missing:
-        raise CareHubError(f"data set '{name}' has no split '{missing[0]}'; it has {', '.join(splits)}.")
-    from datasets import concatenate_datasets
-
-    rows = splits[wanted[0]] if len(wanted) == 1 else concatenate_datasets([splits[s] for s in wanted])
-    return _images(rows, name, split, about, size, image_column, label_column, workers, skip_broken, progress)
+    spec = _spec_of_size(data, size)
+    if data.dataset_name == "shapes":
+        return _render_shapes("train", spec.size), _render_shapes("test", spec.size)
+    splits = _read_splits(data, spec)
+    train = _make_images(_train_rows(splits, data, spec), "train", data, spec, progress)
+    rows = _test_rows(splits, spec)
+    return train, None if rows is None else _make_images(rows, "test", data, spec, progress)
 
 
-def load_both(name: str, root: str | None = None, **options) -> tuple[Images, Images | None]:
-    """The training and the test split, as `load` gives them; a large folder is listed once, which can take minutes."""
-    splits = None if name == "shapes" else _read(name, spec(name), root)
-    train, test = (load(name, split, root, splits=splits, **options) for split in ("train", "test"))
-    return train, test
+def _spec_of_size(data: DataConfig, size: int | None) -> DatasetSpec:
+    spec = dataset_spec(data.dataset_name)
+    return replace(spec, size=size or spec.size)
 
 
-def _shapes(split: str, size: int) -> Images:
-    """The embedded set without the detour through files (`shapes.make` is for people who want it as a table)."""
-    drawn = shapes.split_factors(split)
-    rendered = shapes.render(drawn)
+def _render_shapes(split: str, size: int) -> InMemoryImages:
+    """The embedded data set, without files (`shapes.make` is for users who want it as a table)."""
+    factors = shapes.split_factors(split)
+    rendered = shapes.render(factors)
     if size != shapes.SIDE:
-        rendered = np.stack([np.asarray(pictures.fit(pictures.rgb(p), size)) for p in rendered])
-    columns = {k: torch.from_numpy(v) for k, v in drawn.items()}
-    return Images(
-        size, columns.pop("label"), list(shapes.SHAPES), torch.from_numpy(rendered).permute(0, 3, 1, 2).contiguous(), columns=columns
-    )
+        resized = [resize_and_center_crop(to_rgb(image), size) for image in rendered]
+        rendered = np.stack([np.asarray(image) for image in resized])
+    pixels = torch.from_numpy(rendered).permute(0, 3, 1, 2).contiguous()
+    columns = {name: torch.from_numpy(values) for name, values in factors.items()}
+    return InMemoryImages(size, columns.pop("label"), list(shapes.SHAPES), pixels, columns=columns)
 
 
-def _read(name: str, about: Spec, root: str | None):
+def _read_splits(data: DataConfig, spec: DatasetSpec) -> "datasets.DatasetDict":
+    """All splits of a data set that is not embedded, nothing decoded."""
     import datasets
 
-    if root is None and about.hub_id is None:
-        raise CareHubError(f"--dataset-name {name} needs --data-root, the folder that holds one sub-folder of pictures per class.")
-    if root is not None and not Path(root).is_dir():
-        raise CareHubError(f"--data-root '{root}' is not a folder.")
-    noisy = datasets.utils.logging.get_verbosity()
+    _check_place(data, spec)
+    verbosity = datasets.utils.logging.get_verbosity()
     datasets.utils.logging.set_verbosity_error()
     try:
-        if root is None:
-            return datasets.load_dataset(about.hub_id)
-        if any(Path(root).rglob("*.parquet")):
-            return datasets.load_dataset(str(root))
-        folders = _imagenet100_folders(Path(root)) if name == "imagenet100" else None
-        return datasets.load_dataset("imagefolder", data_dir=None if folders else str(root), data_files=folders)
+        return _load_dataset(data, spec)
     except CareHubError:
         raise
     except Exception as error:  # the client's many kinds of failure, each with a message
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = root or f"the Hub ({about.hub_id}); without a network give a local copy with --data-root"
-        raise CareHubError(f"data set '{name}' can't be read from {where}: {reason}") from error
+        hub = f"the Hub ({spec.hub_id}); without a network give a local copy with `data_root`"
+        raise CareHubError(
+            f"data set '{data.dataset_name}' can't be read from {data.data_root or hub}: {_first_line(error)}"
+        ) from error
     finally:
-        datasets.utils.logging.set_verbosity(noisy)
+        datasets.utils.logging.set_verbosity(verbosity)
 
 
-def _imagenet100_folders(root: Path) -> dict[str, list[str]]:
-    """Of class folders named by WordNet ids (those of the full ImageNet, say) the hundred of ImageNet-100."""
+def _check_place(data: DataConfig, spec: DatasetSpec) -> None:
+    if data.data_root is None and spec.hub_id is None:
+        raise CareHubError(
+            f"`dataset_name='{data.dataset_name}'` needs `data_root`, the folder that holds one sub-folder "
+            "of images per class."
+        )
+    if data.data_root is not None and not Path(data.data_root).is_dir():
+        raise CareHubError(f"`data_root` '{data.data_root}' is not a folder.")
+
+
+def _load_dataset(data: DataConfig, spec: DatasetSpec) -> "datasets.DatasetDict":
+    """From the Hub, from a folder in the Hub's parquet layout, or from class folders."""
+    from datasets import load_dataset
+
+    if data.data_root is None:
+        return load_dataset(spec.hub_id)
+    root = Path(data.data_root)
+    if any(root.rglob("*.parquet")):
+        return load_dataset(str(root))
+    if data.dataset_name == "imagenet100":
+        return load_dataset("imagefolder", data_files=_imagenet100_files(root))
+    return load_dataset("imagefolder", data_dir=str(root))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _imagenet100_files(root: Path) -> dict[str, list[str]]:
+    """The files of ImageNet-100, by split, in class folders named by WordNet ids (of all ImageNet, say)."""
     wanted = (Path(__file__).parent / "imagenet100.txt").read_text().split()
-    splits = {"train": ("train",), "validation": ("val", "validation")}
-    found = {split: [root / name / w for name in names for w in wanted if (root / name / w).is_dir()] for split, names in splits.items()}
-    missing = [w for w in wanted if not any(folder.name == w for folder in found["train"])]
+
+    def folders(*names: str) -> list[Path]:
+        candidates = [root / name / synset for name in names for synset in wanted]
+        return [folder for folder in candidates if folder.is_dir()]
+
+    train, validation = folders("train"), folders("val", "validation")
+    present = {folder.name for folder in train}
+    missing = [synset for synset in wanted if synset not in present]
     if missing:
-        raise CareHubError(f"'{root / 'train'}' lacks {len(missing)} of the 100 class folders of ImageNet-100, e.g. {missing[0]}.")
-    return {split: [str(folder / "*") for folder in folders] for split, folders in found.items() if folders}
+        raise CareHubError(
+            f"'{root / 'train'}' lacks {len(missing)} of the 100 class folders of ImageNet-100, "
+            f"e.g. {missing[0]}."
+        )
+    found = {"train": train, "validation": validation}
+    return {split: [str(folder / "*") for folder in some] for split, some in found.items() if some}
 
 
-def _images(rows, name, split, about, size, image_column, label_column, workers, skip_broken, progress) -> Images:
-    from datasets import ClassLabel, Image
+def _train_rows(splits: "datasets.DatasetDict", data: DataConfig, spec: DatasetSpec) -> "datasets.Dataset":
+    from datasets import concatenate_datasets
 
-    features = rows.features
-    kinds = [k for k, v in features.items() if isinstance(v, Image)]
-    image = image_column or about.image or (kinds[0] if kinds else None)
-    if image not in kinds:
-        raise CareHubError(f"data set '{name}' has no image column '{image}' (its columns: {', '.join(features)}); use --image-column.")
-    labels = [k for k, v in features.items() if isinstance(v, ClassLabel)]
-    label = label_column or about.label or ("label" if "label" in features else labels[0] if labels else None)
-    if label is not None and label not in features:
-        if label_column or split == "test":
-            raise CareHubError(f"data set '{name}' has no label column '{label}' (its columns: {', '.join(features)}); use --label-column.")
-        label = None
-    y = torch.as_tensor([-1 if v is None else int(v) for v in rows[label]]) if label else None
-    names = features[label].names if label and isinstance(features[label], ClassLabel) else None
-    cells = rows.select_columns([image]).rename_columns({image: "image"}).cast_column("image", Image(decode=False))
-    images = Images(size, y, names, rows=cells, skip_broken=skip_broken, workers=workers)
-    if len(cells) * 3 * size * size > HELD_BYTES:
-        images.size = round(size * 8 / 7)
+    names = spec.train.split("+")
+    for name in names:
+        if name not in splits:
+            raise CareHubError(
+                f"data set '{data.dataset_name}' has no split '{name}'; it has {', '.join(splits)}."
+            )
+    return splits[names[0]] if len(names) == 1 else concatenate_datasets([splits[name] for name in names])
+
+
+def _test_rows(splits: "datasets.DatasetDict", spec: DatasetSpec) -> "datasets.Dataset | None":
+    names = [name for name in spec.test if name in splits]
+    return splits[names[0]] if names else None
+
+
+def _make_images(
+    rows: "datasets.Dataset", split: str, data: DataConfig, spec: DatasetSpec, progress: bool
+) -> Images:
+    """In memory if they fit, else streamed."""
+    from datasets import Image
+
+    image = _image_column(rows.features, data, spec)
+    label = _label_column(rows.features, data, spec, required=split == "test")
+    labels, class_names = _labels(rows, label)
+    cells = rows.select_columns([image]).rename_columns({image: "image"})
+    images = StreamedImages(
+        size=spec.size,
+        labels=labels,
+        class_names=class_names,
+        rows=cells.cast_column("image", Image(decode=False)),
+        workers=data.num_workers,
+        skip_broken=data.skip_broken_images,
+    )
+    if len(images) * 3 * spec.size**2 > IN_MEMORY_BYTES:
+        images.size = round(spec.size * 8 / 7)
         return images
-    return _hold(images, f"{name} {split}", progress)
+    return decode_into_memory(images, f"{data.dataset_name} {split}", progress)
 
 
-def _hold(images: Images, title: str, progress: bool) -> Images:
-    """Decode everything once, in threads (Pillow releases the interpreter while it decodes)."""
-    count = len(images)
-    held = torch.empty(count, 3, images.size, images.size, dtype=torch.uint8)
-    good = torch.ones(count, dtype=torch.bool)
+def _image_column(features: "datasets.Features", data: DataConfig, spec: DatasetSpec) -> str:
+    from datasets import Image
 
-    def decode(index: int, cell: dict) -> None:
-        try:
-            held[index] = _tensor(pictures.fit(_picture(cell, f"row {index} of {title}"), images.size))
-        except CareHubError as error:
-            if not images.skip_broken:
-                raise CareHubError(f"{error} {MEND}") from error
-            good[index] = False
-            images.skipped.append(str(error))
+    found = [name for name, feature in features.items() if isinstance(feature, Image)]
+    column = data.image_column or spec.image or next(iter(found), None)
+    if column is None or column not in found:
+        raise CareHubError(
+            f"data set '{data.dataset_name}' has no image column '{column}' "
+            f"(its columns: {', '.join(features)}); use `image_column`."
+        )
+    return column
 
-    bar = tqdm(total=count, desc=f"decoding {title}", unit="image", disable=not progress or count < 10000, leave=False)
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, count, 1000):
-            cells = images.rows[start : start + 1000]["image"]
-            list(pool.map(decode, range(start, start + len(cells)), cells))
-            bar.update(len(cells))
-    if not good.all():
-        images.skipped.sort()
-        images.labels = None if images.labels is None else images.labels[good]
-        held = held[good]
-    images.held, images.rows = held, None
-    return images
+
+def _label_column(
+    features: "datasets.Features", data: DataConfig, spec: DatasetSpec, required: bool
+) -> str | None:
+    """None if there is no label column, and it was neither asked for nor `required`."""
+    from datasets import ClassLabel
+
+    found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    default = "label" if "label" in features else next(iter(found), None)
+    column = data.label_column or spec.label or default
+    if column is None or column in features:
+        return column
+    if data.label_column or required:
+        raise CareHubError(
+            f"data set '{data.dataset_name}' has no label column '{column}' "
+            f"(its columns: {', '.join(features)}); use `label_column`."
+        )
+    return None
+
+
+def _labels(rows: "datasets.Dataset", column: str | None) -> tuple[Tensor | None, list[str] | None]:
+    """The class of each image, -1 where it has none, and the names of the classes."""
+    from datasets import ClassLabel
+
+    if column is None:
+        return None, None
+    feature = rows.features[column]
+    labels = torch.as_tensor([-1 if label is None else int(label) for label in rows[column]])
+    return labels, feature.names if isinstance(feature, ClassLabel) else None

@@ -1,180 +1,266 @@
-"""What eval_linear.py, `care-hub knn` and `care-hub equivariance` do, from a name to results that are kept."""
+"""What eval_linear.py, `care-hub knn` and `care-hub equivariance` do, from names to saved results."""
 
 import json
+import logging
 import shutil
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from .. import figures, hub, measures
-from ..config import EvalConfig
-from ..data import sources
-from ..data.sources import Images
-from ..distributed import start
+from ..augment import center_crop
+from ..config import DataConfig, EvalConfig
+from ..data.images import Images, InMemoryImages
+from ..data.sources import load_splits
+from ..distributed import inference_accelerator
 from ..encoder import Encoder
 from ..errors import CareHubError
-from ..export import sha256
-from ..registry import locate
-from . import record
-from .equivariance import geometry, recipe_of
+from ..factory import push_export
+from ..hub.card import write_card
+from ..hub.client import check_push
+from ..hub.evaluation_record import add_result
+from ..hub.export import sha256, write_text
+from ..hub.linear_head import LinearHead
+from ..hub.registry import locate
+from ..metrics import effective_rank, knn_top1
+from ..report.figures import plot_geometry, plot_neighbors
+from .attributes import probe_attributes
+from .equivariance import measure_equivariance, recorded_augmentation
+from .features import embed_all, random_subset
 from .finetune import finetune
-from .linear import probe
-from .monitor import embed_all, some_of
-from .readout import kept
+from .labels import labelled
+from .linear import linear_probe
+
+logger = logging.getLogger(__name__)
+
+PROBE_IMAGES = 5000  # training images of the attribute probes
 
 
-@dataclass
-class Subject:
-    """An encoder to be judged, where it lies, and whether results may be kept beside it."""
+@dataclass(frozen=True)
+class LocatedEncoder:
+    """An encoder, what the user calls it and where it lies."""
 
     name: str
     folder: Path
     encoder: Encoder
-    ours: bool  # a folder of the person's, not a cache
 
     @classmethod
-    def open(cls, source: str, device) -> "Subject":
-        folder = locate(source)
-        return cls(source, folder, Encoder.from_folder(folder).to(device), Path(source).is_dir())
+    def open(cls, name: str, device: torch.device) -> "LocatedEncoder":
+        """Find and load the encoder `name`. Raises CareHubError."""
+        folder = locate(name)
+        return cls(name, folder, Encoder.from_folder(folder).to(device))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `name` is a folder of the user's, where results may be saved, and not in a cache."""
+        return Path(self.name).is_dir()
+
+    def record(self, kind: str, dataset: str, results: dict[str, Any]) -> None:
+        """Save results beside the encoder and show them in its card."""
+        _record(self.folder, kind, dataset, results)
 
 
-def load(encoder: Encoder, dataset: str, data_root: str | None, accelerator: Accelerator, **options) -> tuple[Images, Images]:
-    """Training and test pictures for `encoder`. Raises CareHubError without a test split."""
-    size = encoder.care["image_size"]
-    train, test = sources.load_both(dataset, data_root, size=size, progress=accelerator.is_main_process, **options)
+def _record(folder: Path, kind: str, dataset: str, results: dict[str, Any]) -> None:
+    add_result(folder, kind, dataset, results)
+    write_card(folder)
+
+
+def open_splits(encoder: Encoder, data: DataConfig, accelerator: Accelerator) -> tuple[Images, Images]:
+    """Training and test images for `encoder`. Raises CareHubError without a test split."""
+    progress = accelerator.is_main_process
+    train, test = load_splits(data, size=encoder.config.image_size, progress=progress)
     if test is None:
-        raise CareHubError(f"'{dataset}' has no test split to measure on.")
+        raise CareHubError(f"'{data.dataset_name}' has no test split to measure on.")
     return train, test
 
 
-def labelled(dataset: str, train: Images, test: Images) -> tuple[Images, Images]:
-    """Both without the pictures whose label is not known."""
-    if train.labels is None or test.labels is None or not (train.labels >= 0).any():
-        raise CareHubError(f"this needs labels in a training and a test split, which '{dataset}' does not have.")
-    train, test = (i if (i.labels >= 0).all() else i.take((i.labels >= 0).nonzero().squeeze(1)) for i in (train, test))
-    train.class_names = train.class_names or [str(k) for k in range(int(max(train.labels.max(), test.labels.max())) + 1)]
-    return train, test
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """What eval_linear.py does: train a head, or fine-tune; save it with the card, maybe push it.
 
-
-def evaluate(config: EvalConfig) -> dict:
-    """`eval_linear.py`: train a head, or fine-tune; save it with the card, maybe push; returns the result (on the main
-    process, else nothing)."""
+    Returns the result on the main process, and an empty dict on the others. Raises CareHubError.
+    """
     if config.push_to_hub:
-        hub.check_push(config.push_to_hub)
-    if config.output_dir is None and not Path(config.encoder).is_dir():
-        locate(config.encoder)
-        raise CareHubError(f"'{config.encoder}' is not a folder of yours; say by --output-dir where encoder and head shall be saved.")
+        check_push(config.push_to_hub)
     folder = locate(config.encoder)
+    target = _target_folder(config, folder)
+    accelerator = inference_accelerator()
+    encoder = Encoder.from_folder(folder).to(accelerator.device)
+    train, test = labelled(config.dataset_name, *open_splits(encoder, config, accelerator))
+    if config.protocol == "finetune":
+        heads, tuned = finetune(encoder, train, test, accelerator, config)
+        tuned.config = replace(tuned.config, projection=None, results={}, finetuned=config.dataset_name)
+    else:
+        heads, tuned = linear_probe(encoder, train, test, accelerator, config), None
+    if not accelerator.is_main_process:
+        return {}
+    if tuned:
+        tuned.save_pretrained(target)
+    elif target.absolute() != folder.absolute():
+        for path in folder.iterdir():
+            if path.is_file():
+                shutil.copy(path, target / path.name)
+    if config.label_fraction == 1:
+        replace(heads[0], encoder=sha256(target / "model.safetensors")).save(target)
+    results = mean_over_seeds(heads)
+    _record(target, "accuracy", config.dataset_name, {config.protocol_name: results})
+    if config.push_to_hub:
+        logger.info(push_export(target, config.push_to_hub))
+    return {"encoder": config.encoder, "dataset": config.dataset_name} | results
+
+
+def _target_folder(config: EvalConfig, folder: Path) -> Path:
+    """Where results go, made if need be. Raises CareHubError if an encoder would be lost there."""
+    if config.output_dir is None and not Path(config.encoder).is_dir():
+        raise CareHubError(
+            f"'{config.encoder}' is not a folder of yours; say by `output_dir` where to save the results."
+        )
     target = Path(config.output_dir or folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CareHubError(f"the folder '{target}' can't be written ({error.strerror}).") from error
-    other = target / "model.safetensors"
-    if other.is_file() and (config.protocol == "finetune" or sha256(other) != sha256(folder / "model.safetensors")):
-        raise CareHubError(f"'{target}' already holds an encoder, which would be lost; choose another --output-dir.")
-    accelerator = start()
-    encoder = Encoder.from_folder(folder).to(accelerator.device)
-    columns = {"image_column": config.image_column, "label_column": config.label_column}
-    options = {"workers": config.num_workers, "skip_broken": config.skip_broken_images, **columns}
-    data = load(encoder, config.dataset_name, config.data_root, accelerator, **options)
-    train, test = labelled(config.dataset_name, *data)
-    if config.protocol == "finetune":
-        heads, tuned = finetune(encoder, train, test, accelerator, config)
-    else:
-        heads, tuned = probe(encoder, train, test, accelerator, config), None
-    if not accelerator.is_main_process:
-        return {}
-    results = summary([head.metrics for head in heads])
-    if tuned is not None:
-        tuned.care = tuned.care | {"projection": None, "results": {}, "finetuned": config.dataset_name}
-        tuned.save_pretrained(target)
-    elif target.absolute() != folder.absolute():
-        for path in (p for p in folder.iterdir() if p.is_file()):
-            shutil.copy(path, target / path.name)
-    if config.label_fraction == 1:
-        heads[0].encoder = sha256(target / "model.safetensors")
-        heads[0].save(target)
-    record.add(target, "accuracy", config.dataset_name, {config.label: results})
-    if config.push_to_hub:
-        print(hub.push(target, config.push_to_hub), file=sys.stderr)
-    return {"encoder": config.encoder, "dataset": config.dataset_name} | results
+    there = target / "model.safetensors"
+    if there.is_file() and (
+        config.protocol == "finetune" or sha256(there) != sha256(folder / "model.safetensors")
+    ):
+        raise CareHubError(
+            f"'{target}' already contains an encoder, which would be lost; choose another `output_dir`."
+        )
+    return target
 
 
-def summary(rows: list[dict]) -> dict:
-    """The metrics of several seeds as one: accuracies and seconds are means, accuracies with their standard deviation."""
+def mean_over_seeds(heads: list[LinearHead]) -> dict[str, Any]:
+    """The metrics of the heads of several seeds as one: means of accuracies (with deviations) and seconds."""
+    rows = [head.metrics for head in heads]
     if len(rows) == 1:
         return rows[0]
-    answer = rows[0] | {"seeds": len(rows)}
+    results = rows[0] | {"seeds": len(rows)}
     for name in ("top1", "top5"):
         values = [row[name] for row in rows]
-        answer[name], answer[f"{name}_std"] = round(statistics.mean(values), 2), round(statistics.stdev(values), 2)
-    answer["head_seconds"] = round(statistics.mean(row["head_seconds"] for row in rows), 2)
-    return answer
+        results[name] = round(statistics.mean(values), 2)
+        results[f"{name}_std"] = round(statistics.stdev(values), 2)
+    results["head_seconds"] = round(statistics.mean(row["head_seconds"] for row in rows), 2)
+    return results
 
 
-def knn(source: str, dataset: str, data_root: str | None, k: int, temperature: float, bank: int | None, **options) -> dict:
-    """`care-hub knn`: weighted kNN top-1 on backbone features, the training pictures (or `bank` of them) voting."""
-    accelerator = start()
-    subject = Subject.open(source, accelerator.device)
-    train, test = labelled(dataset, *load(subject.encoder, dataset, data_root, accelerator, **options))
-    train = train.take(some_of(len(train), bank)) if bank and bank < len(train) else train
-    x, queries = (embed_all(subject.encoder, images, accelerator, "backbone") for images in (train, test))
-    top1 = measures.knn_top1(x, train.labels.to(x.device), queries, test.labels.to(x.device), k, temperature)
-    results = {"top1": round(top1, 2), "k": k, "temperature": temperature, "n_train": len(train), "n_test": len(test)}
+def evaluate_knn(
+    source: str, data: DataConfig, k: int = 200, temperature: float = 0.5, bank: int | None = None
+) -> dict[str, Any]:
+    """`care-hub knn`: weighted kNN top-1 on backbone features; the training images, or `bank` of them, vote.
+
+    Saved beside an encoder that is a folder. Returns the result on the main process, and an empty dict on
+    the others. Raises CareHubError.
+    """
+    accelerator = inference_accelerator()
+    located = LocatedEncoder.open(source, accelerator.device)
+    train, test = labelled(data.dataset_name, *open_splits(located.encoder, data, accelerator))
+    if bank and bank < len(train):
+        train = train.take(random_subset(len(train), bank))
+    x, queries = (embed_all(located.encoder, s.images, accelerator, "backbone") for s in (train, test))
     if not accelerator.is_main_process:
         return {}
-    if subject.ours:
-        record.add(subject.folder, "accuracy", dataset, {"kNN": results})
-    return {"encoder": source, "dataset": dataset} | results
+    top1 = knn_top1(x, train.labels.to(x.device), queries, test.labels.to(x.device), k, temperature)
+    results = {"top1": round(top1, 2), "k": k, "temperature": temperature}
+    results |= {"n_train": len(train), "n_test": len(test)}
+    if located.is_local:
+        located.record("accuracy", data.dataset_name, {"kNN": results})
+    return {"encoder": source, "dataset": data.dataset_name} | results
 
 
-def equivariance(
-    names: tuple[str, ...], dataset: str, data_root: str | None, images: int, draws: int, seed: int, output: str | None, **options
-) -> dict:
-    """`care-hub equivariance`: geometry by family and what is kept, for each of the encoders `names` on the same pictures and draws;
-    "full recipe" is that of the first.
+def evaluate_equivariance(
+    names: tuple[str, ...],
+    data: DataConfig,
+    images: int = 2000,
+    draws: int = 16,
+    seed: int = 0,
+    output: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """`care-hub equivariance`: rotations by augmentation family, and attribute probes.
 
-    Kept beside each encoder that is a folder; tables and figures of all of them in `output`.
+    Each of the encoders `names` sees the same `images` test images under the same augmentations; "full
+    recipe" is that of the first. Results are saved beside each encoder that is a folder; tables and figures
+    of all of them in `output`. The main process does it all, alone; the others return an empty dict at once.
+    Raises CareHubError.
     """
     if output and Path(output).exists() and not Path(output).is_dir():
         raise CareHubError(f"'{output}' is not a folder.")
-    accelerator = start()
-    subjects = [Subject.open(name, accelerator.device) for name in names]
-    sizes = sorted({s.encoder.care["image_size"] for s in subjects})
-    if len(sizes) > 1:
-        raise CareHubError(f"encoders of {' and '.join(map(str, sizes))} px see different pictures and can't be compared.")
-    if bare := [s.name for s in subjects if s.encoder.projection is None]:
-        raise CareHubError(f"'{bare[0]}' has no projection head, so there is no sphere on which rotations could act.")
-    train, test = load(subjects[0].encoder, dataset, data_root, accelerator, **options)
-    train, test = train.take(some_of(len(train), 5000)), test.take(some_of(len(test), images))
-    pictures = sources.center(test.held, sizes[0])
-    if len(pictures) < 4:
-        raise CareHubError(f"'{dataset}' has {len(pictures)} test pictures, too few to fit and measure rotations.")
-    recipe, answer = recipe_of(subjects[0].encoder), {}
-    for subject in subjects:
-        families = geometry(subject.encoder, pictures, recipe, draws, seed, progress=sys.stderr.isatty())
-        results = {"images": len(pictures), "draws": draws, "seed": seed, "families": families}
-        results |= {"effective_rank": measures.effective_rank(torch.from_numpy(subject.encoder.encode(pictures)))}
-        results["kept"] = kept(subject.encoder, train, test, seed)
-        answer[subject.name] = rounded(results)
-        if subject.ours:
-            figures.geometry({subject.name: answer[subject.name]}, subject.folder / f"equivariance.{dataset.replace('/', '--')}.png")
-            record.add(subject.folder, "equivariance", dataset, answer[subject.name])
+    accelerator = inference_accelerator()
+    if not accelerator.is_main_process:
+        return {}
+    encoders = [LocatedEncoder.open(name, accelerator.device) for name in names]
+    _check_comparable(encoders)
+    first = encoders[0].encoder
+    train, test = open_splits(first, data, accelerator)
+    train = train.take(random_subset(len(train), PROBE_IMAGES))
+    test = test.take(random_subset(len(test), images))
+    if len(test) < 4:
+        raise CareHubError(
+            f"'{data.dataset_name}' has {len(test)} test images, too few to fit and measure rotations."
+        )
+    pixels = center_crop(test.pixels, first.config.image_size)
+    augmentation, progress = recorded_augmentation(first.config), sys.stderr.isatty()
+    results = {}
+    for located in encoders:
+        encoder = located.encoder
+        found = {
+            "images": len(pixels),
+            "draws": draws,
+            "seed": seed,
+            "families": measure_equivariance(encoder, pixels, augmentation, draws, seed, progress=progress),
+            "effective_rank": effective_rank(torch.from_numpy(encoder.encode(pixels))),
+            "attributes": probe_attributes(encoder, train, test, seed),
+        }
+        results[located.name] = rounded(found)
+        if located.is_local:
+            _save_geometry(located, data.dataset_name, results[located.name])
     if output:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        (Path(output) / "equivariance.json").write_text(json.dumps({"dataset": dataset, "encoders": answer}, indent=2) + "\n")
-        figures.geometry(answer, Path(output) / "equivariance.png")
-        figures.neighbours({s.name: s.encoder for s in subjects}, test, Path(output) / "neighbours.png")
-    return answer
+        _save_comparison(Path(output), encoders, data.dataset_name, results, test)
+    return results
 
 
-def rounded(value):
-    """Numbers to five digits, in whatever they are nested in; None for NaN, which JSON does not know."""
+def _check_comparable(encoders: list[LocatedEncoder]) -> None:
+    sizes = sorted({located.encoder.config.image_size for located in encoders})
+    if len(sizes) > 1:
+        raise CareHubError(
+            f"encoders of {' and '.join(map(str, sizes))} px see different images and can't be compared."
+        )
+    for located in encoders:
+        if located.encoder.projection is None:
+            raise CareHubError(
+                f"'{located.name}' has no projection head, hence no sphere on which rotations could act."
+            )
+
+
+def _save_geometry(located: LocatedEncoder, dataset: str, results: dict[str, Any]) -> None:
+    name = f"equivariance.{dataset.replace('/', '--')}.png"
+    plot_geometry({located.name: results}, located.folder / name)
+    located.record("equivariance", dataset, results)
+
+
+def _save_comparison(
+    folder: Path,
+    encoders: list[LocatedEncoder],
+    dataset: str,
+    results: dict[str, dict[str, Any]],
+    images: InMemoryImages,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"dataset": dataset, "encoders": results}, indent=2)
+    write_text(folder / "equivariance.json", text + "\n")
+    plot_geometry(results, folder / "equivariance.png")
+    plot_neighbors({e.name: e.encoder for e in encoders}, images, folder / "neighbors.png")
+
+
+def rounded(value: Any) -> Any:
+    """Numbers to five significant digits, in whatever they are nested in; None for NaN, unknown to JSON.
+
+    >>> rounded({"error": (0.123456789, float("nan")), "images": 200})
+    {'error': [0.12346, None], 'images': 200}
+    """
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

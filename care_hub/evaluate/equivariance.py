@@ -1,169 +1,225 @@
 """How well one rotation explains what an augmentation does to all embeddings, family by family."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import augment, measures
+from .. import augment, metrics
+from ..augment import AugmentationConfig, seeded_generator
+from ..config import EncoderConfig
 from ..encoder import Encoder
 from ..errors import CareHubError
 from ..rotation import Rotation, procrustes
+from .features import Augmentation, embed_view
 
-STILL = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0, "jitter": (0.0,) * 4, "jitter_p": 0.0, "greyscale": 0.0, "blur": 0.0}
-FAMILIES = {
+Interval = tuple[float, float, float]  # mean, lower and upper end
+
+NOTHING: dict[str, Any] = {
+    "scale": (1.0, 1.0),
+    "ratio": (1.0, 1.0),
+    "flip": 0.0,
+    "jitter": (0.0, 0.0, 0.0, 0.0),
+    "jitter_p": 0.0,
+    "grayscale": 0.0,
+    "blur": 0.0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
     "crop": {"scale": (0.4, 1.0), "ratio": (3 / 4, 4 / 3)},
     "flip": {"flip": 1.0},
     "jitter 0.2": {"jitter": (0.2, 0.2, 0.2, 0.0), "jitter_p": 1.0},
     "jitter 0.4": {"jitter": (0.4, 0.4, 0.4, 0.0), "jitter_p": 1.0},
     "jitter 0.8": {"jitter": (0.8, 0.8, 0.8, 0.0), "jitter_p": 1.0},
     "hue": {"jitter": (0.0, 0.0, 0.0, 0.5), "jitter_p": 1.0},
-    "greyscale": {"greyscale": 1.0},
+    "grayscale": {"grayscale": 1.0},
     "blur": {"blur": 1.0},
-    "rotation": {},  # of the picture, up to 30 degrees either way
-    "full recipe": {},
+    "rotation": {},  # of the image, up to MAX_DEGREES either way
+    "full recipe": {},  # the augmentation of training
 }
-ALWAYS_THE_SAME = {"flip", "greyscale"}  # one draw says it all
-DEGREES = 30.0
+NOT_RANDOM = {"flip", "grayscale"}  # one of them says it all
+MAX_DEGREES = 30.0
 RESAMPLES = 200
-Augmentation = Callable[[Tensor], Tensor]
+RECORDED = ("crop_scale", "jitter", "jitter_p", "grayscale", "blur", "blur_kernel_size")
 
 
-def recipe_of(encoder: Encoder) -> augment.Recipe:
-    """The augmentation that `encoder` was trained with (that of the public code's CIFAR form, where it is not known), un-normalised."""
-    size, known = encoder.care["image_size"], encoder.care.get("training") or {}
-    names = ("crop_scale", "jitter", "jitter_p", "greyscale", "blur", "blur_taps")
-    if not isinstance(known, dict) or not all(name in known for name in names):
-        return augment.Recipe(size)
+def recorded_augmentation(config: EncoderConfig) -> AugmentationConfig:
+    """The augmentation that an encoder was trained with, without normalization.
+
+    That of the public code's CIFAR form where it is not recorded. Raises CareHubError for values that
+    can't be.
+    """
+    size, options = config.image_size, config.training
+    if not all(name in options for name in RECORDED):
+        return AugmentationConfig(size)
     try:
-        low, jitter, *rest = (known[name] for name in names)
-        low, jitter, jitter_p, grey, blur = float(low), tuple(map(float, jitter)), *map(float, rest[:3])
-        if not 0 < low <= 1 or len(jitter) != 4 or rest[3] not in range(1, size, 2):
-            raise ValueError(f"{low}, {jitter}, {rest[3]}")
+        low, width = float(options["crop_scale"]), options["blur_kernel_size"]
+        brightness, contrast, saturation, hue = (float(strength) for strength in options["jitter"])
+        if not 0 < low <= 1 or width not in range(1, size, 2):
+            raise ValueError(f"crop_scale {low}, blur_kernel_size {width}")
+        return AugmentationConfig(
+            size,
+            scale=(low, 1.0),
+            jitter=(brightness, contrast, saturation, hue),
+            jitter_p=float(options["jitter_p"]),
+            grayscale=float(options["grayscale"]),
+            blur=float(options["blur"]),
+            blur_kernel_size=int(width),
+        )
     except (TypeError, ValueError) as error:
-        raise CareHubError(f"the augmentation recorded with this encoder makes no sense ({error}).") from error
-    return augment.Recipe(size, (low, 1.0), jitter=jitter, jitter_p=jitter_p, greyscale=grey, blur=blur, blur_taps=rest[3])
+        raise CareHubError(
+            f"the augmentation recorded with this encoder makes no sense ({error})."
+        ) from error
 
 
-def augmentations(family: str, recipe: augment.Recipe, draws: int, seed: int = 0) -> list[Augmentation]:
-    """`draws` augmentations of a family, each the same for all pictures, un-normalised. They depend on `seed` alone, so that
-    encoders are compared on the same ones."""
-    count = 1 if family in ALWAYS_THE_SAME else draws
-    plain = replace(recipe, mean=(0.0,) * 3, std=(1.0,) * 3)
+def augmentations(family: str, config: AugmentationConfig, draws: int, seed: int = 0) -> list[Augmentation]:
+    """`draws` random augmentations of a family, each the same for all images, without normalization.
+
+    They depend on `seed` alone, so that encoders are compared on the same ones.
+    """
+    count = 1 if family in NOT_RANDOM else draws
     if family == "rotation":
-        angles = (torch.rand(count, generator=augment.generator(seed, "rotation")) * 2 - 1) * DEGREES
-        return [partial(augment.rotate, degrees=angle) for angle in angles.tolist()]
+        turns = torch.rand(count, generator=seeded_generator(seed, "rotation")) * 2 - 1
+        return [partial(augment.rotate, degrees=degrees) for degrees in (turns * MAX_DEGREES).tolist()]
+    config = replace(config, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     if family != "full recipe":
-        plain = replace(plain, **{**STILL, **FAMILIES[family]})
-        plain = replace(plain, blur_taps=max(3, recipe.size // 10 | 1)) if family == "blur" else plain
-    return [partial(_apply, recipe=plain, generator=(seed, "equivariance", k)) for k in range(count)]
+        config = replace(config, **{**NOTHING, **FAMILIES[family]})
+    if family == "blur":
+        config = replace(config, blur_kernel_size=max(3, config.size // 10 | 1))
+    return [partial(_augment_alike, config=config, stream=(seed, "equivariance", k)) for k in range(count)]
 
 
-def _apply(pictures: Tensor, recipe: augment.Recipe, generator: tuple) -> Tensor:
-    drawn = augment.draw(recipe, 1, *pictures.shape[2:], augment.generator(*generator))
-    return augment.apply(pictures, drawn.repeat(len(pictures)), recipe)
-
-
-def embed_view(encoder: Encoder, pictures: Tensor, *steps: Augmentation, space: str = "projection") -> Tensor:
-    """(N, d) embeddings, on the CPU, of (N, 3, S, S) uint8 `pictures` after `steps`, first to last."""
-    parts = []
-    for x in pictures.split(500):
-        x = x.to(encoder.device).float() / 255
-        for step in steps:
-            x = step(x)
-        parts.append(encoder.embed(x, space).cpu())
-    return torch.cat(parts)
+def _augment_alike(images: Tensor, config: AugmentationConfig, stream: tuple[int, str, int]) -> Tensor:
+    height, width = images.shape[2:]
+    params = augment.sample(config, 1, height, width, seeded_generator(*stream))
+    return augment.apply(images, params.repeat(len(images)), config)
 
 
 def rotation_errors(z: Tensor, views: Iterable[Tensor]) -> dict[str, float]:
     """Rotation error, invariance error, their ratio and the Gram deviation, each a mean over `views`.
 
-    `z` (N, d): embeddings of N images; each of `views` (N, d): the same images under one augmentation. The first half
-    fits R in O(d) (Wahba's problem), the second half is measured. The ratio is taken per view, then averaged: 1 means
-    that rotating helps nothing, NaN that nothing moved.
+    `z` (N, d): embeddings of N images; each of `views` (N, d): the same images under one augmentation.
+    The first half fits R in O(d) (Wahba's problem), the second half is measured. The ratio is taken per
+    view, then averaged: 1 means that rotating helps nothing, NaN that nothing moved.
     """
-    weights = torch.ones(1, len(z) - len(z) // 2, dtype=z.dtype)
-    rows = [_of_view(z, view, fit(z, view), weights) for view in views]
+    weights = torch.ones(1, len(_second_half(z)), dtype=z.dtype)
+    rows = [_view_metrics(z, view, fit_rotation(z, view), weights) for view in views]
     names = ("rotation_error", "invariance_error", "rotation_invariance_ratio", "gram_deviation")
-    return {name: (sum(row[name] for row in rows) / len(rows)).item() for name in names}
+    sums = {name: sum((row[name] for row in rows), start=torch.zeros(1, dtype=z.dtype)) for name in names}
+    return {name: (total / len(rows)).item() for name, total in sums.items()}
 
 
-def fit(z: Tensor, view: Tensor, special: bool = False) -> Tensor:
-    """(d, d): the orthogonal map fitted on the first half of the images."""
+def fit_rotation(z: Tensor, view: Tensor, special: bool = False) -> Tensor:
+    """(d, d): the orthogonal map of `z` to `view` fitted on the first half of the images.
+
+    `special`: of determinant +1.
+    """
     half = len(z) // 2
     return procrustes(z[:half], view[:half], special).to(z.dtype)
 
 
-def _of_view(z: Tensor, view: Tensor, r: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Each measure under each row of `weights` (B, N - N // 2), on the second half; `r` from `fit`."""
-    half = len(z) // 2
-    held, moved = z[half:], view[half:]
-    mean = partial(measures.average, weights=weights)
-    found = {"invariance_error": mean(measures.invariance(held, moved))}
-    proper = r if torch.linalg.det(r.double()) > 0 else fit(z, view, special=True)
+def _second_half(z: Tensor) -> Tensor:
+    return z[len(z) // 2 :]
+
+
+def _view_metrics(z: Tensor, view: Tensor, r: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Each metric on the second half, under each row of `weights` (B, N - N // 2); `r`: the fitted map."""
+    before, after = _second_half(z), _second_half(view)
+    mean = partial(metrics.weighted_mean, weights=weights)
+    found = {"invariance_error": mean(metrics.invariance(before, after))}
+    proper = r if torch.linalg.det(r.double()) > 0 else fit_rotation(z, view, special=True)
     for name, fitted in (("rotation", r), ("special_rotation", proper)):
-        found[f"{name}_error"] = mean(measures.residual(held, moved, fitted))
-        found[f"{name}_invariance_ratio"] = measures.ratio(found[f"{name}_error"], found["invariance_error"])
-    found["gamma"] = mean(measures.relative_equivariance(held, moved))
-    found["gram_deviation"] = mean(measures.gram_deviation(held, moved))
-    found["spread"] = mean(measures.spread(moved))
+        found[f"{name}_error"] = mean(metrics.residual(before, after, fitted))
+        ratio = metrics.ratio(found[f"{name}_error"], found["invariance_error"])
+        found[f"{name}_invariance_ratio"] = ratio
+    found["gamma"] = mean(metrics.relative_equivariance(before, after))
+    found["gram_deviation"] = mean(metrics.gram_deviation(before, after))
+    found["variance"] = mean(metrics.variance(after))
     return found
 
 
-def _retrieval(z: Tensor, view: Tensor, r: Tensor, weights: Tensor, seed: int) -> dict[str, Tensor]:
-    held, moved = z[len(z) // 2 :], view[len(z) // 2 :]
-    mean, found = partial(measures.average, weights=weights), {}
-    for name, queries in {"": held @ r.T, "_unrotated": held, "_random": Rotation.random(z.shape[1], seed)(held)}.items():
-        ranks = measures.retrieval_ranks(queries, moved)
-        found[f"mrr{name}"] = mean(1 / ranks)
-        found |= {f"hit_at_{k}{name}": 100 * mean((ranks <= k).to(z.dtype)) for k in (1, 5)}
+def _retrieval_metrics(z: Tensor, view: Tensor, r: Tensor, weights: Tensor, seed: int) -> dict[str, Tensor]:
+    """How often R f(x) finds f(ax) among all views; beside it f(x) itself and a random rotation of it."""
+    before, after = _second_half(z), _second_half(view)
+    mean = partial(metrics.weighted_mean, weights=weights)
+    random = Rotation.random(z.shape[1], seed)
+    found = {}
+    for suffix, queries in {"": before @ r.T, "_unrotated": before, "_random": random(before)}.items():
+        ranks = metrics.retrieval_ranks(queries, after)
+        found[f"mrr{suffix}"] = mean(1 / ranks)
+        for k in (1, 5):
+            found[f"hit_at_{k}{suffix}"] = 100 * mean((ranks <= k).to(z.dtype))
     return found
 
 
-def _composition(z: Tensor, both: Tensor, r_a: Tensor, r_b: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def _composition_metrics(
+    z: Tensor, both: Tensor, r_a: Tensor, r_b: Tensor, weights: Tensor
+) -> dict[str, Tensor]:
     """R_b R_a in place of R_ba, for the view b(a(x))."""
-    held, moved = z[len(z) // 2 :], both[len(z) // 2 :]
-    mean = partial(measures.average, weights=weights)
-    composed = mean(measures.residual(held, moved, r_b @ r_a))
+    before, after = _second_half(z), _second_half(both)
+    mean = partial(metrics.weighted_mean, weights=weights)
+    error = metrics.composition_error(fit_rotation(z, both), r_b, r_a)
+    composed = mean(metrics.residual(before, after, r_b @ r_a))
     return {
-        "composition_error": torch.full((len(weights),), measures.composition_error(fit(z, both), r_b, r_a), dtype=z.dtype),
+        "composition_error": torch.full((len(weights),), error, dtype=z.dtype),
         "composition_residual": composed,
-        "composition_invariance_ratio": measures.ratio(composed, mean(measures.invariance(held, moved))),
+        "composition_invariance_ratio": metrics.ratio(composed, mean(metrics.invariance(before, after))),
     }
 
 
-def geometry(
-    encoder: Encoder, pictures: Tensor, recipe: augment.Recipe, draws: int = 16, seed: int = 0, families: Iterable[str] = FAMILIES,
+def measure_equivariance(
+    encoder: Encoder,
+    images: Tensor,
+    augmentation: AugmentationConfig,
+    draws: int = 16,
+    seed: int = 0,
+    families: Iterable[str] = FAMILIES,
     progress: bool = False,
-) -> dict[str, dict[str, tuple[float, float, float]]]:  # fmt: skip
-    """family -> measure -> (mean over draws, lower, upper end of a 95 % bootstrap interval over images and draws).
+) -> dict[str, dict[str, Interval]]:
+    """family -> metric -> (mean, lower, upper end of a 95 % bootstrap interval over images and draws).
 
-    `pictures` (N, 3, S, S) uint8 of the encoder's size: rotations are fitted on the first half and held fixed, the second
-    half is measured. Compositions b(a(x)) are those of a draw and the one before, for every fourth draw. A ratio to a motion of
-    nothing (flipping twice) is NaN.
+    `images` (N, 3, S, S) uint8 of the encoder's size: rotations are fitted on the first half and stay as
+    they are, the second half is measured. Compositions b(a(x)) are those of an augmentation and the one
+    before it, for every fourth one. A ratio to a motion of nothing (flipping twice) is NaN.
     """
-    z = embed_view(encoder, pictures)
-    held = len(z) - len(z) // 2
-    weights = measures.resamples(held, RESAMPLES, augment.generator(seed, "bootstrap"))
-    steps = {family: augmentations(family, recipe, draws, seed) for family in families}
-    bar = tqdm(total=sum(len(s) for s in steps.values()), unit="view", desc="augmenting", disable=not progress, leave=False)
-    answer = {}
-    for family, drawn in steps.items():
-        rows, fitted = defaultdict(list), []
-        for k, step in enumerate(drawn):
-            view = embed_view(encoder, pictures, step)
-            fitted.append(fit(z, view))
-            found = _of_view(z, view, fitted[k], weights) | _retrieval(z, view, fitted[k], weights, k)
-            if k % 4 == 3 or k == len(drawn) - 1:
-                both = embed_view(encoder, pictures, drawn[k - 1], step)
-                found |= _composition(z, both, fitted[k - 1], fitted[k], weights)
-            for name, row in found.items():
-                rows[name].append(row)
-            bar.update()
-        answer[family] = {n: measures.interval(torch.stack(r), augment.generator(seed, "bootstrap", family)) for n, r in rows.items()}
-    bar.close()
-    return answer
+    z = embed_view(encoder, images)
+    weights = metrics.bootstrap_weights(len(_second_half(z)), RESAMPLES, seeded_generator(seed, "bootstrap"))
+    sampled = {family: augmentations(family, augmentation, draws, seed) for family in families}
+    total = sum(len(steps) for steps in sampled.values())
+    results = {}
+    with tqdm(total=total, unit="view", desc="augmenting", disable=not progress, leave=False) as bar:
+        for family, steps in sampled.items():
+            rows = []
+            for row in _step_metrics(encoder, images, z, steps, weights):
+                rows.append(row)
+                bar.update()
+            results[family] = _intervals(rows, seed, family)
+    return results
+
+
+def _step_metrics(
+    encoder: Encoder, images: Tensor, z: Tensor, steps: Sequence[Augmentation], weights: Tensor
+) -> Iterator[dict[str, Tensor]]:
+    """The metrics of each of `steps`; those of compositions with every fourth and the last."""
+    fitted: list[Tensor] = []
+    for k, step in enumerate(steps):
+        view = embed_view(encoder, images, step)
+        fitted.append(fit_rotation(z, view))
+        row = _view_metrics(z, view, fitted[k], weights)
+        row |= _retrieval_metrics(z, view, fitted[k], weights, seed=k)
+        if k % 4 == 3 or k == len(steps) - 1:  # a single one is composed with itself
+            both = embed_view(encoder, images, steps[k - 1], step)
+            row |= _composition_metrics(z, both, fitted[k - 1], fitted[k], weights)
+        yield row
+
+
+def _intervals(rows: list[dict[str, Tensor]], seed: int, family: str) -> dict[str, Interval]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    stacks = {name: torch.stack([row[name] for row in rows if name in row]) for name in names}
+    return {
+        name: metrics.bootstrap_interval(stack, seeded_generator(seed, "bootstrap", family))
+        for name, stack in stacks.items()
+    }

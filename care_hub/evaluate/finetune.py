@@ -2,6 +2,7 @@
 
 import copy
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,22 +11,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import augment
-from ..classifier import LinearHead
-from ..config import EvalConfig, lr_at
-from ..data.sources import Images
+from ..augment import AugmentationConfig, seeded_generator
+from ..config import EncoderConfig, EvalConfig
 from ..distributed import global_batch_norm
 from ..encoder import Encoder
-from ..measures import topk
-from .linear import fit_best, subset
-from .monitor import embed_all
+from ..hub.linear_head import LinearHead
+from ..schedule import lr_at
+from .features import embed_all
+from .labels import ClassificationSplit, label_subset
+from .linear import fit_best, top_accuracies
 
-BATCH, LR, MOMENTUM, WEIGHT_DECAY = 128, 0.02, 0.9, 1e-4
+BATCH_SIZE, LR, MOMENTUM, WEIGHT_DECAY = 128, 0.02, 0.9, 1e-4
 
 
-class Network(nn.Module):
-    """(B, 3, S, S) normalised pictures -> (B, C) logits."""
+class ClassifierNetwork(nn.Module):
+    """(B, 3, S, S) normalized images -> (B, C) logits."""
 
-    def __init__(self, encoder: Encoder, head: nn.Linear):
+    def __init__(self, encoder: Encoder, head: nn.Linear) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
 
@@ -34,62 +36,98 @@ class Network(nn.Module):
 
 
 def finetune(
-    encoder: Encoder, train: Images, test: Images, accelerator: Accelerator, config: EvalConfig
-) -> tuple[list[LinearHead], Encoder]:  # fmt: skip
+    encoder: Encoder,
+    train: ClassificationSplit,
+    test: ClassificationSplit,
+    accelerator: Accelerator,
+    config: EvalConfig,
+) -> tuple[list[LinearHead], Encoder]:
     """A head for each seed, and the encoder of the first; `encoder` itself stays as it was.
 
-    SGD with a cosine schedule on random crops (area 0.25 to 1) and flips. The head starts from the linear probe, which
-    keeps the features from being torn up at the start (Kumar et al. 2022, "LP-FT"). Order and augmentation depend on the
-    seed and the place in the global batch, never on the number of processes.
+    SGD with a cosine schedule on random crops (area 0.25 to 1) and flips. The head starts from the linear
+    probe, which keeps the features from being distorted early on (Kumar et al. 2022, "LP-FT"). Order and
+    augmentation depend on the seed and the place in the global batch, never on the number of processes.
     """
-    x = embed_all(encoder, train, accelerator, "backbone").float()
-    y, classes, heads, first = train.labels, len(train.class_names), [], None
-    size, mean, std = (encoder.care[k] for k in ("image_size", "mean", "std"))
-    recipe = augment.Recipe(size, (0.25, 1.0), jitter=(0.0,) * 4, jitter_p=0, greyscale=0, blur=0, mean=tuple(mean), std=tuple(std))
+    x = embed_all(encoder, train.images, accelerator, "backbone").float()
+    heads, encoders = [], []
     for seed in range(config.seed, config.seed + config.seeds):
         began = time.perf_counter()
-        some = subset(y, config.label_fraction, seed)
-        head = nn.Linear(x.shape[1], classes)
-        head.weight.data, head.bias.data, _ = fit_best(x[some.to(x.device)], y[some].to(x.device), classes, seed)
+        subset = label_subset(train.labels, config.label_fraction, seed)
+        index = subset.to(x.device)
+        y = train.labels.to(x.device)[index]
+        head = _linear(*fit_best(x[index], y, len(train.class_names), seed)[:2])
         tuned = copy.deepcopy(encoder)
         tuned.projection = None  # it belonged to the features as they were
-        _train(Network(tuned, head), train, some, accelerator, config, recipe, seed)
+        _train(ClassifierNetwork(tuned, head), train, subset, accelerator, config, seed)
         with torch.no_grad():
-            logits = head(embed_all(tuned, test, accelerator, "backbone"))
-        metrics = {"protocol": "finetune", "seed": seed} | {
-            f"top{k}": round(topk(logits, test.labels.to(logits.device), k), 2) for k in (1, 5)
-        }
-        metrics |= {"n_train": len(some), "n_test": len(test), "head_seconds": round(time.perf_counter() - began, 1)}
-        heads.append(LinearHead(config.dataset_name, head.weight.detach().cpu(), head.bias.detach().cpu(), train.class_names, metrics))
-        first = first or tuned.eval()
-    return heads, first
+            logits = head(embed_all(tuned, test.images, accelerator, "backbone"))
+        metrics: dict[str, Any] = {"protocol": "finetune", "seed": seed}
+        metrics |= top_accuracies(logits, test.labels) | {"n_train": len(subset), "n_test": len(test)}
+        metrics["head_seconds"] = round(time.perf_counter() - began, 1)
+        weight, bias = head.weight.detach().cpu(), head.bias.detach().cpu()
+        heads.append(LinearHead(config.dataset_name, weight, bias, train.class_names, metrics))
+        encoders.append(tuned.eval())
+    return heads, encoders[0]
 
 
-def _train(network: Network, images: Images, some: Tensor, accelerator: Accelerator, config: EvalConfig, recipe, seed: int) -> None:
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    size = min(BATCH, len(some)) // processes * processes
-    per_epoch = len(some) // size
-    total = config.epochs * per_epoch
-    lr = config.lr or LR
-    network = global_batch_norm(network.to(accelerator.device), accelerator.device)
-    optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    model, optimizer = accelerator.prepare(network, optimizer)
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    classes, inputs = weight.shape
+    head = nn.utils.skip_init(nn.Linear, inputs, classes)
+    head.weight.data, head.bias.data = weight, bias
+    return head
+
+
+def _augmentation(config: EncoderConfig) -> AugmentationConfig:
+    return AugmentationConfig(
+        config.image_size,
+        scale=(0.25, 1.0),
+        jitter=(0.0, 0.0, 0.0, 0.0),
+        jitter_p=0.0,
+        grayscale=0.0,
+        blur=0.0,
+        mean=config.mean,
+        std=config.std,
+    )
+
+
+def _train(
+    network: ClassifierNetwork,
+    split: ClassificationSplit,
+    subset: Tensor,
+    accelerator: Accelerator,
+    config: EvalConfig,
+    seed: int,
+) -> None:
+    """Train `network` in place on the images `subset`."""
+    processes, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    size = min(BATCH_SIZE, len(subset)) // processes * processes
+    per_epoch = len(subset) // size
+    lr, epochs = config.lr or LR, config.epochs or 1
+    total = epochs * per_epoch
+    augmentation = _augmentation(network.encoder.config)
+    module = global_batch_norm(network.to(device), device)
+    optimizer = torch.optim.SGD(module.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    model, optimizer = accelerator.prepare(module, optimizer)
     model.train()
+
     indices = []
-    for epoch in range(config.epochs):
-        order = some[torch.randperm(len(some), generator=augment.generator(seed, "finetune", epoch))]
-        indices += [batch.chunk(processes)[rank] for batch in order[: per_epoch * size].split(size)]
-    bar = tqdm(total=total, unit="step", desc=f"fine-tuning, seed {seed}", disable=not accelerator.is_main_process, leave=False)
-    for step, (index, pictures) in enumerate(zip(indices, images.batches(indices), strict=True)):
-        drawn = augment.draw(recipe, size, *pictures.shape[2:], augment.generator(seed, "finetune views", step))
-        mine = slice(rank * len(index), (rank + 1) * len(index))
-        views = augment.apply(pictures.to(accelerator.device), drawn.rows(mine), recipe)
-        loss = F.cross_entropy(model(views), images.labels[index].to(accelerator.device))
-        optimizer.param_groups[0]["lr"] = lr_at(step, total, per_epoch, lr, "cosine")
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
-        if step % 20 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.3f}")
-        bar.update()
-    bar.close()
+    for epoch in range(epochs):
+        order = torch.randperm(len(subset), generator=seeded_generator(seed, "finetune", epoch))
+        batches = subset[order[: per_epoch * size]].split(size)
+        indices += [batch.chunk(processes)[rank] for batch in batches]
+    hidden = not accelerator.is_main_process
+    with tqdm(total=total, unit="step", desc=f"fine-tuning, seed {seed}", disable=hidden, leave=False) as bar:
+        for step, (index, images) in enumerate(zip(indices, split.images.batches(indices), strict=True)):
+            height, width = images.shape[2:]
+            generator = seeded_generator(seed, "finetune views", step)
+            params = augment.sample(augmentation, size, height, width, generator)
+            own = slice(rank * len(index), (rank + 1) * len(index))
+            views = augment.apply(images.to(device), params.rows(own), augmentation)
+            loss = F.cross_entropy(model(views), split.labels[index].to(device))
+            optimizer.param_groups[0]["lr"] = lr_at(step, total, per_epoch, lr, "cosine")
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            optimizer.step()
+            if step % 20 == 0:
+                bar.set_postfix_str(f"loss {loss.item():.3f}")
+            bar.update()

@@ -1,44 +1,68 @@
 """Linear probes: multinomial logistic regression on features of a frozen encoder."""
 
 import time
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import augment
-from ..classifier import LinearHead
+from ..augment import seeded_generator
 from ..config import EvalConfig
-from ..data.sources import Images
+from ..data.images import Images
 from ..encoder import Encoder
 from ..errors import CareHubError
-from ..measures import topk
-from .equivariance import recipe_of
-from .monitor import embed_all
+from ..hub.linear_head import LinearHead
+from ..metrics import topk_accuracy
+from .equivariance import recorded_augmentation
+from .features import embed_all
+from .labels import ClassificationSplit, label_subset
 
-PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # candidates for the weight of |W|^2 / 2 beside the mean cross-entropy
-FEW = 1000  # fewer labels than this are all used to choose the penalty, a fifth at a time
-# Of the public code: (learning rate, weight decay, batch) for CIFAR and STL-10, for ImageNet-100.
-PUBLISHED = {"adam": (1e-3, 1e-6, 512), "sgd": (10.0, 0.0, 128)}
-STEPS = (0.3, 0.4, 0.5, 0.6)  # of ImageNet-100: a tenth of the rate from each of these parts of the epochs on (the tenth: MoCo's)
+WeightAndBias = tuple[Tensor, Tensor]  # (C, d), (C,)
+
+# Candidates for the weight of |W|^2 / 2 beside the mean cross-entropy, the strongest first.
+PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+FEW = 1000  # with fewer labels than this every fifth of them is held out in turn to choose the penalty
+
+
+class Schedule(NamedTuple):
+    """Settings of a probe trained by gradient descent."""
+
+    lr: float
+    weight_decay: float
+    batch_size: int
+
+
+# Those of the public code: adam for CIFAR and STL-10, sgd for ImageNet-100.
+PUBLISHED = {"adam": Schedule(1e-3, 1e-6, 512), "sgd": Schedule(10.0, 0.0, 128)}
+# sgd: a tenth of the rate from each of these fractions of the epochs on (the tenth is MoCo's).
+LR_STEPS = (0.3, 0.4, 0.5, 0.6)
 
 
 def fit_linear(
-    features: Tensor, labels: Tensor, classes: int, penalty: float, steps: int = 100, start: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """(weight (C, d), bias (C,)) that minimise mean cross-entropy + penalty * |W|^2 / 2 over standardised features (N, d).
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    penalty: float,
+    steps: int = 100,
+    start: WeightAndBias | None = None,
+) -> WeightAndBias:
+    """(weight (C, d), bias (C,)) that minimize mean cross-entropy + penalty * |W|^2 / 2.
 
-    Convex, solved by L-BFGS, at most `steps` steps from `start` (a weight and a bias; default 0); the standardisation is folded
-    into what is returned.
+    W acts on the standardized `features` (N, d); the standardization is folded into what is returned.
+    Convex, solved by L-BFGS in at most `steps` steps from `start` (default: zeros).
     """
     mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     x = (features - mean) / std
     weight, bias = start or (x.new_zeros(classes, x.shape[1]), x.new_zeros(classes))
     weight, bias = (weight * std).requires_grad_(), (bias + weight @ mean).requires_grad_()
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=steps, history_size=20, line_search_fn="strong_wolfe"
+    )
 
-    def closure():
+    def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(x @ weight.T + bias, labels) + penalty * weight.square().sum() / 2
         loss.backward()
@@ -49,46 +73,54 @@ def fit_linear(
     return weight, bias.detach() - weight @ mean
 
 
-def validation(count: int, seed: int, fold: int = 0) -> tuple[Tensor, Tensor]:
-    """Indices of four fifths of `count` training images and of the remaining one, drawn by `seed`."""
-    order = torch.randperm(count, generator=augment.generator(seed, "validation"))
-    held = torch.arange(count) % 5 == fold
-    return order[~held], order[held]
+def validation_split(count: int, seed: int, fold: int = 0) -> tuple[Tensor, Tensor]:
+    """Random indices of four fifths of `count` training images, and of the fifth number `fold`."""
+    order = torch.randperm(count, generator=seeded_generator(seed, "validation"))
+    held_out = torch.arange(count) % 5 == fold
+    return order[~held_out], order[held_out]
 
 
-def choose_penalty(features: Tensor, labels: Tensor, classes: int, seed: int = 0) -> tuple[float, tuple[Tensor, Tensor]]:
-    """The candidate that does best on a held-out fifth of the training images (on each fifth in turn where they are few), and a
-    good start for fitting with it; the test split is never seen."""
-    scores, solutions = dict.fromkeys(PENALTIES, 0.0), {}
+def choose_penalty(
+    features: Tensor, labels: Tensor, classes: int, seed: int = 0
+) -> tuple[float, WeightAndBias]:
+    """The penalty that does best on a held-out fifth of the training images, and a start for fitting with it.
+
+    Where images are few, each fifth is held out in turn. The test split is never seen.
+    """
+    scores = dict.fromkeys(PENALTIES, 0.0)
+    solutions: dict[float, WeightAndBias] = {}
     for fold in range(5 if len(features) < FEW else 1):
-        rest, held = (i.to(features.device) for i in validation(len(features), seed, fold))
+        indices = validation_split(len(features), seed, fold)
+        rest, held_out = (index.to(features.device) for index in indices)
         solution = None
-        for penalty in PENALTIES:  # strongest first: the solution of each is near that of the next
-            solution = solutions[penalty] = fit_linear(features[rest], labels[rest], classes, penalty, 40, solution)
-            scores[penalty] += topk(features[held] @ solution[0].T + solution[1], labels[held], 1)
-    best = max(PENALTIES, key=scores.get)
+        for penalty in PENALTIES:  # the solution of each is near that of the next
+            solution = fit_linear(features[rest], labels[rest], classes, penalty, 40, solution)
+            solutions[penalty] = solution
+            weight, bias = solution
+            scores[penalty] += topk_accuracy(features[held_out] @ weight.T + bias, labels[held_out], 1)
+    best = max(PENALTIES, key=scores.__getitem__)
     return best, solutions[best]
 
 
 def fit_best(features: Tensor, labels: Tensor, classes: int, seed: int = 0) -> tuple[Tensor, Tensor, float]:
     """(weight, bias, penalty): `fit_linear` with the penalty of `choose_penalty`."""
     penalty, start = choose_penalty(features, labels, classes, seed)
-    return *fit_linear(features, labels, classes, penalty, start=start), penalty
+    weight, bias = fit_linear(features, labels, classes, penalty, start=start)
+    return weight, bias, penalty
 
 
-def fit_sgd(copies: Tensor, labels: Tensor, classes: int, config: EvalConfig, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(weight, bias) by the published schedule, on raw features (K, N, d): epoch e sees copy e mod K, in an order drawn by `seed`."""
-    lr, decay, batch = PUBLISHED[config.optimizer]
-    lr = config.lr or lr
-    torch.manual_seed(seed)
-    head = torch.nn.Linear(copies.shape[2], classes).to(copies.device)
-    kinds = {"adam": torch.optim.Adam, "sgd": lambda p, **kw: torch.optim.SGD(p, momentum=0.9, **kw)}
-    optimizer = kinds[config.optimizer](head.parameters(), lr=lr, weight_decay=decay)
-    for epoch in range(config.epochs):
+def fit_sgd(copies: Tensor, labels: Tensor, classes: int, config: EvalConfig, seed: int = 0) -> WeightAndBias:
+    """(weight, bias) by the published schedule on raw features (K, N, d): epoch e sees copy e mod K."""
+    published = PUBLISHED[config.optimizer]
+    lr, epochs = config.lr or published.lr, config.epochs or 1
+    head = _random_head(copies.shape[2], classes, seed).to(copies.device)
+    optimizer = _published_optimizer(config.optimizer, head, lr)
+    for epoch in range(epochs):
         if config.optimizer == "sgd":
-            optimizer.param_groups[0]["lr"] = lr * 0.1 ** sum(epoch >= s * config.epochs for s in STEPS)
-        order = torch.randperm(len(labels), generator=augment.generator(seed, "probe", epoch)).to(copies.device)
-        for index in order.split(batch):
+            passed = sum(epoch >= fraction * epochs for fraction in LR_STEPS)
+            optimizer.param_groups[0]["lr"] = lr * 0.1**passed
+        order = torch.randperm(len(labels), generator=seeded_generator(seed, "probe", epoch))
+        for index in order.to(copies.device).split(published.batch_size):
             loss = F.cross_entropy(head(copies[epoch % len(copies), index]), labels[index])
             optimizer.zero_grad()
             loss.backward()
@@ -96,54 +128,81 @@ def fit_sgd(copies: Tensor, labels: Tensor, classes: int, config: EvalConfig, se
     return head.weight.detach(), head.bias.detach()
 
 
-def subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """Indices of `fraction` of the images of each class, at least one of each, drawn by `seed`."""
-    if fraction == 1:
-        return torch.arange(len(labels))
-    order = torch.randperm(len(labels), generator=augment.generator(seed, "subset"))
-    parts = [order[labels[order] == c] for c in labels.unique()]
-    return torch.cat([part[: max(1, round(fraction * len(part)))] for part in parts]).sort().values
+def _random_head(inputs: int, classes: int, seed: int) -> nn.Linear:
+    """As torch initializes it after `torch.manual_seed(seed)`; the global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return nn.Linear(inputs, classes)
 
 
-def probe(encoder: Encoder, train: Images, test: Images, accelerator: Accelerator, config: EvalConfig) -> list[LinearHead]:
-    """A head for each seed. Features are computed once, by all processes, with the encoder in eval mode throughout.
+def _published_optimizer(name: str, head: nn.Linear, lr: float) -> torch.optim.Optimizer:
+    decay = PUBLISHED[name].weight_decay
+    if name == "adam":
+        return torch.optim.Adam(head.parameters(), lr=lr, weight_decay=decay)
+    return torch.optim.SGD(head.parameters(), lr=lr, momentum=0.9, weight_decay=decay)
+
+
+def linear_probe(
+    encoder: Encoder,
+    train: ClassificationSplit,
+    test: ClassificationSplit,
+    accelerator: Accelerator,
+    config: EvalConfig,
+) -> list[LinearHead]:
+    """A head for each seed. Features are computed once, by all processes, with the encoder in eval mode.
 
     Raises CareHubError if the encoder is not the same to the last bit afterwards.
     """
     began, before = time.perf_counter(), encoder.fingerprint
-    chosen = [subset(train.labels, config.label_fraction, seed) for seed in range(config.seed, config.seed + config.seeds)]
-    if config.label_fraction < 1:  # the other pictures are not even looked at
-        seen = torch.cat(chosen).unique()
-        train, chosen = train.take(seen), [torch.searchsorted(seen, some) for some in chosen]
-    x, x_test = (embed_all(encoder, images, accelerator, "backbone").float() for images in (train, test))
-    copies = x[None]
-    if config.augmented_copies:
-        copies = torch.stack([augmented_features(encoder, train, accelerator, k) for k in range(config.augmented_copies)])
+    seeds = range(config.seed, config.seed + config.seeds)
+    subsets = [label_subset(train.labels, config.label_fraction, seed) for seed in seeds]
+    if config.label_fraction < 1:  # the other images are not even embedded
+        used = torch.cat(subsets).unique()
+        train, subsets = train.take(used), [torch.searchsorted(used, subset) for subset in subsets]
+    copies = _training_features(encoder, train.images, accelerator, config.augmented_copies)
+    x_test = embed_all(encoder, test.images, accelerator, "backbone").float()
     if encoder.fingerprint != before:
         raise CareHubError("the encoder changed while its features were computed; a frozen encoder must not.")
-    y, y_test = train.labels.to(x.device), test.labels.to(x.device)
-    features_seconds, heads = time.perf_counter() - began, []
-    for seed, some in enumerate((some.to(x.device) for some in chosen), config.seed):
-        began, metrics = time.perf_counter(), {"protocol": config.protocol, "seed": seed}
+    y, classes = train.labels.to(copies.device), len(train.class_names)
+    features_seconds = round(time.perf_counter() - began, 1)
+
+    heads = []
+    for seed, subset in zip(seeds, subsets, strict=True):
+        began, index = time.perf_counter(), subset.to(copies.device)
+        metrics: dict[str, Any] = {"protocol": config.protocol, "seed": seed}
         if config.protocol == "lbfgs":
-            weight, bias, metrics["penalty"] = fit_best(x[some], y[some], len(train.class_names), seed)
+            weight, bias, metrics["penalty"] = fit_best(copies[0, index], y[index], classes, seed)
         else:
-            weight, bias = fit_sgd(copies[:, some], y[some], len(train.class_names), config, seed)
-        logits = x_test @ weight.T + bias
-        metrics |= {f"top{k}": round(topk(logits, y_test, k), 2) for k in (1, 5)} | {"n_train": len(some), "n_test": len(x_test)}
-        metrics |= {"features_seconds": round(features_seconds, 1), "head_seconds": round(time.perf_counter() - began, 2)}
+            weight, bias = fit_sgd(copies[:, index], y[index], classes, config, seed)
+        metrics |= top_accuracies(x_test @ weight.T + bias, test.labels)
+        metrics |= {"n_train": len(subset), "n_test": len(test), "features_seconds": features_seconds}
+        metrics["head_seconds"] = round(time.perf_counter() - began, 2)
         heads.append(LinearHead(config.dataset_name, weight.cpu(), bias.cpu(), train.class_names, metrics))
     return heads
 
 
+def _training_features(encoder: Encoder, images: Images, accelerator: Accelerator, augmented: int) -> Tensor:
+    """(K, N, d): features of the images as they are (K = 1), or of K = `augmented` augmentations of them."""
+    if not augmented:
+        return embed_all(encoder, images, accelerator, "backbone").float()[None]
+    return torch.stack([augmented_features(encoder, images, accelerator, k) for k in range(augmented)])
+
+
+def top_accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """top1 and top5 in percent, rounded as they are reported."""
+    return {f"top{k}": round(topk_accuracy(logits, labels.to(logits.device), k), 2) for k in (1, 5)}
+
+
 def augmented_features(encoder: Encoder, images: Images, accelerator: Accelerator, copy: int) -> Tensor:
-    """(N, d): backbone features of every image under an augmentation of its own, number `copy`, of the encoder's recipe."""
-    recipe, drawn = recipe_of(encoder), None
+    """(N, d): backbone features of every image under an augmentation of its own, copy number `copy`.
+
+    The augmentation is the one that the encoder was trained with.
+    """
+    config = recorded_augmentation(encoder.config)
+    generator = seeded_generator(0, "copies", copy)
+    params = augment.sample(config, len(images), images.size, images.size, generator)
 
     def view(x: Tensor, index: Tensor) -> Tensor:
-        nonlocal drawn
-        if drawn is None:
-            drawn = augment.draw(recipe, len(images), *x.shape[2:], augment.generator(0, "copies", copy))
-        return augment.apply(x, drawn.rows(index), recipe)
+        return augment.apply(x, params.rows(index), config)
 
     return embed_all(encoder, images, accelerator, "backbone", view=view).float()

@@ -1,75 +1,87 @@
 """What is measured during and after training, by all processes together."""
 
-from collections.abc import Callable
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .. import augment
+from ..augment import AugmentationConfig, center_crop, seeded_generator
 from ..config import TrainConfig
-from ..data.sources import Images, center
+from ..data.images import Images
 from ..encoder import Encoder
-from ..measures import knn_top1
-from .equivariance import augmentations, embed_view, rotation_errors
+from ..metrics import knn_top1
+from .equivariance import augmentations, rotation_errors
+from .features import embed_all, embed_view, random_subset
+
+FINAL_IMAGES = 2000  # held-out images of the rotation protocol: half fitted, half measured
 
 
-def embed_all(
-    encoder: Encoder,
-    images: Images,
-    accelerator: Accelerator,
-    space: str,
-    batch: int = 500,
-    view: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Tensor:
-    """(N, d) embeddings of all images, each process doing its share. `view`: (pictures, indices) -> what the encoder sees of
-    them; by default their central square."""
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    share = -(-len(images) // processes)
-    mine = torch.arange(rank * share, (rank + 1) * share).clamp(max=len(images) - 1)
-    indices = mine.split(batch)
-    view = view or (lambda x, _: center(x, encoder.care["image_size"]))
-    parts = [encoder.embed(view(x, index), space) for x, index in zip(images.batches(indices), indices, strict=True)]
-    return accelerator.gather(torch.cat(parts))[: len(images)]
+def knn_bank(config: TrainConfig, images: Images) -> Images | None:
+    """`knn_bank` labeled images, fixed by the seed; None where no label is known.
 
-
-def some_of(count: int, wanted: int, seed: int = 0) -> Tensor:
-    """At most `wanted` indices of `count` images, in an order drawn by `seed`: data sets are often sorted by class."""
-    return torch.randperm(count, generator=augment.generator(seed, "images"))[:wanted]
-
-
-def bank_of(config: TrainConfig, images: Images) -> Images:
-    """`knn_bank` labelled pictures, fixed by the seed (the unlabeled ones of stl10 have no vote)."""
-    labelled = (images.labels >= 0).nonzero().squeeze(1)
-    if len(labelled) == len(images) <= config.knn_bank:
+    The unlabeled images of stl10 (label -1) have no vote.
+    """
+    if images.labels is None or not (images.labels >= 0).any():
+        return None
+    known = (images.labels >= 0).nonzero().squeeze(1)
+    if len(known) == len(images) <= config.knn_bank:
         return images
-    return images.take(labelled[torch.randperm(len(labelled), generator=augment.generator(config.seed, "bank"))][: config.knn_bank])
+    order = torch.randperm(len(known), generator=seeded_generator(config.seed, "bank"))
+    return images.take(known[order][: config.knn_bank])
 
 
-def knn(config: TrainConfig, encoder: Encoder, data: dict, accelerator: Accelerator, columns=("label",)) -> list[float | None]:
-    """kNN top-1 on backbone features, in per cent, for each of `columns`; None without labels or a test split."""
-    train, test = data["train"], data["test"]
-    if test is None or test.labels is None or train.labels is None or not (train.labels >= 0).any():
+def knn_monitor(
+    config: TrainConfig,
+    encoder: Encoder,
+    train: Images,
+    test: Images | None,
+    accelerator: Accelerator,
+    columns: tuple[str, ...] = ("label",),
+) -> list[float | None]:
+    """kNN top-1 on backbone features, in percent, for each of `columns` ("label" or a factor of the images).
+
+    None for all of them without labels or a test split.
+    """
+    bank = knn_bank(config, train)
+    if bank is None or test is None or test.labels is None:
         return [None] * len(columns)
-    bank = bank_of(config, train)
     features, queries = (embed_all(encoder, images, accelerator, "backbone") for images in (bank, test))
-    answers = ([i.labels if c == "label" else i.columns[c] for i in (bank, test)] for c in columns)
-    return [knn_top1(features, known.to(features.device), queries, truth.to(features.device)) for known, truth in answers]
+    answers: list[float | None] = []
+    for column in columns:
+        known, truth = (_column(images, column).to(features.device) for images in (bank, test))
+        answers.append(knn_top1(features, known, queries, truth))
+    return answers
 
 
-def closing(config: TrainConfig, encoder: Encoder, data: dict, recipe: augment.Recipe, accelerator: Accelerator) -> dict:
-    """The closing figures: kNN, and the rotation protocol on 2,000 held-out images (half fitted, half measured).
+def _column(images: Images, name: str) -> Tensor:
+    columns = images.columns if images.labels is None else images.columns | {"label": images.labels}
+    return columns[name]
 
-    A run cut short by --max-steps is measured only if --knn-every asks for it.
+
+def final_results(
+    config: TrainConfig,
+    encoder: Encoder,
+    train: Images,
+    test: Images | None,
+    augmentation: AugmentationConfig,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """The final results of a run: kNN, and the rotation errors on 2,000 held-out images.
+
+    Empty for a run that `max_steps` cuts short, unless `knn_every` asks for them.
     """
     if config.max_steps and not config.knn_every:
         return {}
-    columns = {"knn_top1": "label"} | ({"knn_color_top1": "color"} if config.dataset_name == "shapes" else {})
-    results = dict(zip(columns, knn(config, encoder, data, accelerator, tuple(columns.values())), strict=True))
+    columns = {"knn_top1": "label"}
+    if config.dataset_name == "shapes":
+        columns["knn_color_top1"] = "color"
+    top1 = knn_monitor(config, encoder, train, test, accelerator, tuple(columns.values()))
+    results = dict(zip(columns, top1, strict=True))
     if accelerator.is_main_process:
-        images = data["test"] or data["train"]
-        pixels = center(images.take(some_of(len(images), 2000)).held, recipe.size)
-        views = (embed_view(encoder, pixels, a) for a in augmentations("full recipe", recipe, draws=16))
+        images = test or train
+        subset = images.take(random_subset(len(images), FINAL_IMAGES))
+        pixels = center_crop(subset.pixels, augmentation.size)
+        steps = augmentations("full recipe", augmentation, draws=16)
+        views = (embed_view(encoder, pixels, step) for step in steps)
         results |= rotation_errors(embed_view(encoder, pixels), views)
     accelerator.wait_for_everyone()
     return {k: round(v, 4) for k, v in results.items() if v is not None and v == v}

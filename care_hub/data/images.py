@@ -1,0 +1,225 @@
+"""One split of a data set: uint8 RGB images of one size, in memory or streamed through loader processes."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..errors import CareHubError
+from .decode import resize_and_center_crop, to_rgb, to_tensor
+
+ADVICE = "Mend or remove it, or pass `skip_broken_images=True`."
+
+Views: TypeAlias = list[Image.Image]
+Value = TypeVar("Value")
+Batch = TypeVar("Batch")
+
+
+@dataclass
+class Images(ABC):
+    """The images of one split, `size` x `size` pixels each, with labels where there are any."""
+
+    size: int
+    labels: Tensor | None  # (N,) int64, -1 for an image without a label
+    class_names: list[str] | None
+    columns: dict[str, Tensor] = field(default_factory=dict, kw_only=True)  # further labels, e.g. color
+    skipped: list[str] = field(default_factory=list, kw_only=True)  # what was wrong with broken images
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """Where the images are, in words."""
+
+    @abstractmethod
+    def batches(self, index_batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """One (b, 3, S, S) uint8 tensor for each 1-d tensor of indices."""
+
+    def take(self, index: Tensor) -> "InMemoryImages":
+        """The images `index`, decoded and in memory."""
+        pixels = torch.cat(list(self.batches(index.split(256))))
+        labels = None if self.labels is None else self.labels[index]
+        columns = {name: values[index] for name, values in self.columns.items()}
+        return InMemoryImages(self.size, labels, self.class_names, pixels, columns=columns)
+
+
+@dataclass
+class InMemoryImages(Images):
+    """Images as one tensor.
+
+    >>> pixels = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    >>> InMemoryImages(8, torch.tensor([0, 1, 0]), ["cat", "dog"], pixels).take(torch.tensor([2, 1])).labels
+    tensor([0, 1])
+    """
+
+    pixels: Tensor  # (N, 3, S, S) uint8
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def description(self) -> str:
+        return "in memory"
+
+    def to(self, device: torch.device | str) -> "InMemoryImages":
+        """Move the pixels to `device`, in place."""
+        self.pixels = self.pixels.to(device)
+        return self
+
+    def batches(self, index_batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """One (b, 3, S, S) uint8 tensor, where the pixels are, for each 1-d tensor of indices."""
+        return (self.pixels[index.to(self.pixels.device)] for index in index_batches)
+
+
+@dataclass
+class StreamedImages(Images):
+    """Images that loader processes decode each time they are asked for.
+
+    With `skip_broken` the next image that can be decoded takes a broken one's place, and `skipped` names it;
+    else a broken image raises CareHubError. `labels` and the indices count broken images too.
+    """
+
+    rows: Any  # a datasets.Dataset whose column `image` has undecoded cells {"bytes", "path"}
+    workers: int = 0
+    skip_broken: bool = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def description(self) -> str:
+        return f"decoded by {self.workers} loader processes"
+
+    def batches(self, index_batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """One (b, 3, S, S) uint8 tensor for each 1-d tensor of indices."""
+        jobs = ([(row,) for row in index.tolist()] for index in index_batches)
+        return self._stream(jobs, partial(_fit, size=self.size), torch.stack)
+
+    def cut_batches(
+        self,
+        batches: Iterable[tuple[Tensor, int, int]],
+        cutter: Callable[[Image.Image, int, int], tuple[Views, Views]],
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The views of each image, cut out of the full image in the loader processes.
+
+        `batches`: (indices, micro-step, place of the first in the global batch). `cutter(image, step, place)`
+        gives a list of crops for the contrastive pair and one, maybe empty, for the pair sampled per group;
+        they come out stacked, (b, V, 3, S, S) uint8 each, None where there are none.
+        """
+        jobs = (
+            [(row, step, first + k) for k, row in enumerate(index.tolist())] for index, step, first in batches
+        )
+        return self._stream(jobs, cutter, _stack_views)
+
+    def _stream(
+        self,
+        jobs: Iterable[list[Any]],
+        use: Callable[..., Value],
+        stack: Callable[[list[Value]], Batch],
+    ) -> Iterator[Batch]:
+        """`stack` of what `use(image, *arguments)` gives for the (row, *arguments) of each list of jobs."""
+        loader: DataLoader = DataLoader(
+            _DecodedRows(self.rows, use, self.skip_broken),
+            batch_sampler=jobs,  # an iterator: the order of a long run is never a list in memory
+            num_workers=self.workers,
+            collate_fn=partial(_collate, stack=stack),
+            pin_memory=torch.cuda.is_available(),
+        )
+        for problems, batch in loader:
+            if problems and not self.skip_broken:
+                raise CareHubError(f"{problems[0]} {ADVICE}")
+            self.skipped += [problem for problem in problems if problem not in self.skipped]
+            yield batch
+
+
+class _DecodedRows(Dataset):
+    """For a job (row, *arguments): what was wrong with the image (or None), and `use(image, *arguments)`."""
+
+    def __init__(self, rows: Any, use: Callable[..., Any], skip_broken: bool) -> None:
+        self.rows, self.use, self.skip_broken = rows, use, skip_broken
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, job: tuple[int, ...]) -> tuple[str | None, Any]:
+        first, *arguments = job
+        problem = None
+        for k in range(len(self) if self.skip_broken else 1):
+            row = (first + k) % len(self)
+            try:
+                image = _decode_cell(self.rows[row]["image"], f"row {row}")
+                return problem, self.use(image, *arguments)
+            except CareHubError as error:
+                problem = problem or str(error)
+        return problem, None
+
+
+def _collate(
+    items: list[tuple[str | None, Value | None]], stack: Callable[[list[Value]], Batch]
+) -> tuple[list[str], Batch | None]:
+    problems = [problem for problem, _ in items if problem]
+    values = [value for _, value in items if value is not None]
+    if len(values) < len(items):
+        return problems, None
+    return problems, stack(values)
+
+
+def _stack_views(items: list[tuple[Views, Views]]) -> tuple[Tensor, Tensor | None]:
+    first = [_stack_images(views) for views, _ in items]
+    second = [_stack_images(views) for _, views in items if views]
+    return torch.stack(first), torch.stack(second) if second else None
+
+
+def _stack_images(views: Views) -> Tensor:
+    return torch.stack([to_tensor(view) for view in views])
+
+
+def _decode_cell(cell: dict[str, Any], where: str) -> Image.Image:
+    name = f"the image '{cell['path']}' ({where})" if cell.get("path") else f"the image in {where}"
+    return to_rgb(cell["bytes"] or cell["path"], name)
+
+
+def _fit(image: Image.Image, size: int) -> Tensor:
+    return to_tensor(resize_and_center_crop(image, size))
+
+
+def decode_into_memory(images: StreamedImages, title: str, progress: bool) -> InMemoryImages:
+    """Decode everything once, in threads (Pillow releases the interpreter while it decodes).
+
+    With `skip_broken` broken images are left out. `title` is for the progress bar and for messages.
+    """
+    count, size = len(images), images.size
+    pixels = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    problems: dict[int, str] = {}
+
+    def decode(row: int, cell: dict[str, Any]) -> None:
+        try:
+            pixels[row] = _fit(_decode_cell(cell, f"row {row} of {title}"), size)
+        except CareHubError as error:
+            if not images.skip_broken:
+                raise CareHubError(f"{error} {ADVICE}") from error
+            problems[row] = str(error)
+
+    hidden = not progress or count < 10000
+    bar = tqdm(total=count, desc=f"decoding {title}", unit="image", disable=hidden, leave=False)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, count, 1000):
+            cells = images.rows[start : start + 1000]["image"]
+            list(pool.map(decode, range(start, start + len(cells)), cells))
+            bar.update(len(cells))
+    labels = images.labels
+    if problems:
+        good = torch.tensor([row not in problems for row in range(count)])
+        pixels, labels = pixels[good], None if labels is None else labels[good]
+    return InMemoryImages(size, labels, images.class_names, pixels, skipped=sorted(problems.values()))

@@ -1,0 +1,235 @@
+"""Embeddings of a folder of images as one file: by any number of processes, in constant memory, resumable.
+
+Each process embeds every so-many-th part of the sorted images into a file of its own, named by a hash of what
+is in it; the main process joins the parts. Only the names, one per image, grow with the number of images.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from .data.decode import list_images
+from .distributed import inference_accelerator
+from .encoder import Encoder
+from .errors import CareHubError
+from .hub.registry import locate
+
+PART = 4096  # images
+
+logger = logging.getLogger(__name__)
+
+
+def embed_folder(
+    source: str, encoder: str, output: str, space: str, batch_size: int, skip_broken_images: bool
+) -> str:
+    """Embed an image, or a folder of them, into the file `output`; the main process says what was written.
+
+    The suffix of `output` (.parquet, .safetensors or .npy) is its format. The same call resumes one that was
+    interrupted. Raises CareHubError for an output that can't be written, and for a broken image (unless
+    `skip_broken_images`: it is named and left out).
+    """
+    path = Path(output)
+    if path.suffix not in WRITERS:
+        raise CareHubError(f"'{output}' must end in {', '.join(WRITERS)}.")
+    if not path.absolute().parent.is_dir():
+        raise CareHubError(f"the folder '{path.parent}' for the output does not exist.")
+    files, names = list_images(source)
+    accelerator = inference_accelerator()
+    loaded = Encoder.from_folder(locate(encoder)).to(accelerator.device)
+    about = {"encoder": loaded.fingerprint, "space": space}
+    parts = PartialEmbeddings(path.with_name(f"{path.name}.parts"), names, about)
+    try:
+        parts.folder.mkdir(exist_ok=True)
+        mine = parts.missing(accelerator.process_index, accelerator.num_processes)
+        todo = [file for k in mine for file in files[parts.rows(k)]]
+        broken = _log_left_out if skip_broken_images else None
+        stream = loaded.stream(todo, batch_size, space, broken=broken)
+        with _progress_bar(len(todo), accelerator) as bar:
+            parts.save(mine, _counted(stream, bar))
+        accelerator.wait_for_everyone()
+        return parts.join(path) if accelerator.is_main_process else ""
+    except OSError as error:
+        reason = error.strerror or error
+        raise CareHubError(
+            f"'{output}' can't be written ({reason}); once that is mended, the same command resumes."
+        ) from error
+
+
+def fingerprint_of(path: str | Path) -> str | None:
+    """The fingerprint of the encoder that made a file of embeddings; None if it does not say (as .npy never).
+
+    Raises CareHubError for any other file.
+    """
+    try:
+        return _read_metadata(Path(path)).get("encoder")
+    except (OSError, EOFError, ValueError, SafetensorError) as error:  # pyarrow's own errors are ValueErrors
+        raise CareHubError(f"'{path}' is not a file of embeddings ({error}).") from error
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    if path.suffix == ".npy":
+        np.load(path, mmap_mode="r", allow_pickle=False)
+        return {}
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return {key.decode(): value.decode() for key, value in (pq.read_schema(path).metadata or {}).items()}
+    with safe_open(path, "np") as file:
+        return file.metadata() or {}
+
+
+def _progress_bar(images: int, accelerator: Accelerator) -> tqdm:
+    processes = accelerator.num_processes
+    title = "embedding" if processes == 1 else f"embedding, process 1 of {processes}"
+    shown = accelerator.is_main_process and sys.stderr.isatty()
+    return tqdm(total=images, unit="image", desc=title, disable=not shown)
+
+
+def _counted(stream: Iterator[np.ndarray], bar: tqdm) -> Iterator[np.ndarray]:
+    for z in stream:
+        yield z
+        bar.update(len(z))
+
+
+def _log_left_out(error: CareHubError) -> None:
+    logger.warning("left out: %s", error)
+
+
+@dataclass
+class PartialEmbeddings:
+    """A folder of arrays, part k with the embeddings of images `rows(k)`; NaN for an image left out."""
+
+    folder: Path
+    names: list[str]  # of all images
+    about: dict[str, str]  # metadata of the finished file
+
+    @property
+    def count(self) -> int:
+        """Number of parts."""
+        return -(-len(self.names) // PART)
+
+    def rows(self, k: int) -> slice:
+        """The images of part k."""
+        return slice(k * PART, (k + 1) * PART)
+
+    def file(self, k: int) -> Path:
+        """Where part k is. One image more or less renames its part and those that follow, none before."""
+        content = json.dumps([self.about, self.names[self.rows(k)]])
+        return self.folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npy"
+
+    def missing(self, rank: int, processes: int) -> list[int]:
+        """Parts that process `rank` has to make and that are not there yet."""
+        return [k for k in range(rank, self.count, processes) if not self.file(k).is_file()]
+
+    def save(self, parts: list[int], stream: Iterator[np.ndarray]) -> None:
+        """Write `parts` from the batches of `stream`, whatever their length, each whole or not at all."""
+        waiting: list[np.ndarray] = []
+        for k in parts:
+            size = len(self.names[self.rows(k)])
+            while sum(map(len, waiting)) < size:
+                waiting.append(next(stream))
+            z = np.concatenate(waiting)
+            waiting = [z[size:]]
+            with self._whole(self.file(k)) as temporary, open(temporary, "wb") as file:
+                np.save(file, z[:size], allow_pickle=False)
+
+    def join(self, path: Path) -> str:
+        """Write all parts as the file `path` and remove their folder; says what was written."""
+        good = [~np.isnan(self._read(k)[:, 0]) for k in range(self.count)]
+        names = [name for name, is_good in zip(self.names, np.concatenate(good), strict=True) if is_good]
+        dim = self._read(0).shape[1]
+        arrays = (self._read(k)[rows] for k, rows in enumerate(good))
+        with self._whole(path) as temporary:
+            WRITERS[path.suffix](temporary, names, dim, arrays, self.about)
+        shutil.rmtree(self.folder)
+        broken = len(self.names) - len(names)
+        left_out = f", {broken:,} broken images left out" if broken else ""
+        return f"{len(names):,} embeddings of {dim} numbers in {path}{left_out}"
+
+    @contextmanager
+    def _whole(self, path: Path) -> Iterator[Path]:
+        """A file of this process to write, which becomes `path` unless something fails."""
+        temporary = self.folder / f"writing-{os.getpid()}"
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _read(self, k: int) -> np.ndarray:
+        try:
+            return np.load(self.file(k), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise CareHubError(
+                f"the part '{self.file(k)}' is damaged; remove it and type the same command again."
+            ) from error
+
+
+def _write_parquet(
+    path: Path, names: list[str], dim: int, arrays: Iterator[np.ndarray], about: dict[str, str]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [("path", pa.string()), ("embedding", pa.list_(pa.float32(), dim))]
+    schema = pa.schema(columns, metadata=about)
+    with open(path, "wb") as file, pq.ParquetWriter(file, schema) as writer:
+        start = 0
+        for z in arrays:
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), dim)
+            rows = {"path": names[start : start + len(z)], "embedding": vectors}
+            writer.write_table(pa.table(rows, schema=schema))
+            start += len(z)
+
+
+def _write_safetensors(
+    path: Path, names: list[str], dim: int, arrays: Iterator[np.ndarray], about: dict[str, str]
+) -> None:
+    """By hand, since the library's writer wants the whole array: length of the header, header, numbers."""
+    tensor = {"dtype": "F32", "shape": [len(names), dim], "data_offsets": [0, 4 * len(names) * dim]}
+    header = json.dumps({"__metadata__": about | {"paths": json.dumps(names)}, "embeddings": tensor}).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for z in arrays:
+            file.write(z.astype("<f4").tobytes())
+
+
+def _write_npy(
+    path: Path, names: list[str], dim: int, arrays: Iterator[np.ndarray], about: dict[str, str]
+) -> None:
+    """Numbers alone: the format has no place for `names` and `about`."""
+    table = np.lib.format.open_memmap(path, "w+", np.dtype("<f4"), (len(names), dim))
+    _reserve(path)
+    start = 0
+    for z in arrays:
+        table[start : start + len(z)] = z
+        start += len(z)
+    table.flush()
+
+
+def _reserve(path: Path) -> None:
+    """Raise OSError if the disk has no room for the (sparse) file: a memory map would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+Writer = Callable[[Path, list[str], int, Iterator[np.ndarray], dict[str, str]], None]
+WRITERS: dict[str, Writer] = {
+    ".parquet": _write_parquet,
+    ".safetensors": _write_safetensors,
+    ".npy": _write_npy,
+}

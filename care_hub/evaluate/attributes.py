@@ -1,0 +1,105 @@
+"""Attribute probes: how well a linear map reads from embeddings what augmentations change."""
+
+import torch
+from torch import Tensor
+
+from ..augment import center_crop, luma
+from ..data.images import Images, InMemoryImages
+from ..encoder import SPACES, Encoder
+from ..metrics import r_squared, topk_accuracy
+from .features import embed_view
+from .linear import fit_best, validation_split
+
+# Weights of |w|^2 beside the mean squared error, over standardized features.
+PENALTIES = tuple(10.0**k for k in range(-6, 2))
+SHAPE_FACTORS = ("x", "y", "size", "rotation", "background")
+
+
+def attribute_targets(images: Images, pixels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """({name: (N,) classes}, {name: (N, k) numbers}) of images and their `pixels` (N, 3, S, S) uint8.
+
+    `shapes`: label and color; position, size and rotation of the shape, and the gray of the background.
+    Other data: the label; of the pixels the mean brightness, its standard deviation (contrast), the mean
+    saturation, and the mean hue as a point in the plane.
+    """
+    classes = {} if images.labels is None else {"label": images.labels}
+    if "color" in images.columns:
+        numbers = {name: images.columns[name].float()[:, None] for name in SHAPE_FACTORS}
+        return classes | {"color": images.columns["color"]}, numbers
+    parts = [_pixel_statistics(x.float() / 255) for x in pixels.split(500)]
+    return classes, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _pixel_statistics(x: Tensor) -> dict[str, Tensor]:
+    red, green, blue = x.unbind(dim=1)
+    gray, value = luma(x).flatten(1), x.amax(dim=1)
+    saturation = ((value - x.amin(dim=1)) / value.clamp(min=1e-6)).flatten(1)
+    # A plane in which the angle is the hue and the length the chroma.
+    plane = torch.stack([red - (green + blue) / 2, 3**0.5 / 2 * (green - blue)], dim=1)
+    return {
+        "brightness": gray.mean(dim=1, keepdim=True),
+        "contrast": gray.std(dim=1, keepdim=True),
+        "saturation": saturation.mean(dim=1, keepdim=True),
+        "hue": plane.flatten(2).mean(dim=2),
+    }
+
+
+def fit_ridge(features: Tensor, numbers: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """(weight (k, d), bias (k,)) that minimize the mean squared error + penalty * |weight|^2.
+
+    Over standardized `features` (N, d), for `numbers` (N, k); by the normal equations, in float64.
+    """
+    x, y = features.double(), numbers.double()
+    mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
+    x = (x - mean) / std
+    gram = x.T @ x / len(x) + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    weight = torch.linalg.solve(gram, x.T @ (y - y.mean(dim=0)) / len(x)).T / std
+    return weight, y.mean(dim=0) - weight @ mean
+
+
+def probe_numbers(train: Tensor, numbers: Tensor, test: Tensor, truth: Tensor, seed: int = 0) -> float:
+    """R^2 on the test images of ridge regression from features (N, d) to numbers (N, k).
+
+    Its penalty is the one that does best on a held-out fifth of the training images.
+    """
+    rest, held_out = validation_split(len(train), seed)
+    quality = {
+        penalty: _ridge_quality(train[rest], numbers[rest], train[held_out], numbers[held_out], penalty)
+        for penalty in PENALTIES
+    }
+    return _ridge_quality(train, numbers, test, truth, max(PENALTIES, key=quality.__getitem__))
+
+
+def _ridge_quality(train: Tensor, numbers: Tensor, test: Tensor, truth: Tensor, penalty: float) -> float:
+    weight, bias = fit_ridge(train, numbers, penalty)
+    return r_squared(test.double() @ weight.T + bias, truth.double())
+
+
+def probe_classes(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, seed: int = 0) -> float:
+    """Top-1 in percent on the test images of a linear probe from features (N, d) to labels (N,)."""
+    classes = int(max(labels.max(), truth.max())) + 1
+    weight, bias, _ = fit_best(train, labels, classes, seed)
+    return topk_accuracy(test @ weight.T + bias, truth, 1)
+
+
+def probe_attributes(
+    encoder: Encoder, train: InMemoryImages, test: InMemoryImages, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """space -> attribute -> R^2 (numbers) or percent (label, color). Labels of -1 are unknown."""
+    size = encoder.config.image_size
+    pixels, test_pixels = (center_crop(images.pixels.cpu(), size) for images in (train, test))
+    classes, numbers = attribute_targets(train, pixels)
+    true_classes, true_numbers = attribute_targets(test, test_pixels)
+    results: dict[str, dict[str, float]] = {}
+    for space in SPACES if encoder.projection is not None else ("backbone",):
+        x, x_test = (embed_view(encoder, images, space=space) for images in (pixels, test_pixels))
+        results[space] = {}
+        for name, labels in classes.items():
+            truth = true_classes[name]
+            known, tested = labels >= 0, truth >= 0
+            if known.any() and tested.any():
+                top1 = probe_classes(x[known], labels[known], x_test[tested], truth[tested], seed)
+                results[space][name] = top1
+        for name, y in numbers.items():
+            results[space][name] = probe_numbers(x, y, x_test, true_numbers[name], seed)
+    return results

@@ -1,0 +1,80 @@
+"""An export folder to a repository on the Hub. (That it loads is checked by `factory.push_export`.)"""
+
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+
+from ..errors import CareHubError
+from .card import card_text
+from .client import FILES, ask, check_name, make_client
+from .export import export_folder
+
+README_BYTES = 1 << 20
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+) -> str:
+    """Upload an export folder with a card for `repo_id`; returns the address of the commit or pull request.
+
+    The folder stays as it is. What users wrote into the repository's README or into the folder's, outside
+    of the card's markers, is in the new one. Unchanged files are not sent again, so a push that broke off
+    is finished by pushing once more. `private` is for a new repository; `revision` is a branch, created if
+    need be. Raises CareHubError.
+    """
+    folder = export_folder(folder)
+    check_name(repo_id)
+    client = make_client(token)
+    ask(lambda: client.create_repo(repo_id, private=private, exist_ok=True), repo_id, token)
+    if revision and not create_pr:
+        ask(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True), repo_id, token, revision)
+    branch = None if create_pr else revision
+    before = ask(lambda: _readme(client, repo_id, branch), repo_id, token, branch)
+    card = card_text(folder, repo_id, before)
+
+    def commit() -> CommitInfo:
+        return client.create_commit(
+            repo_id,
+            _additions(folder, card),
+            commit_message=commit_message or "Upload a CARE encoder with care_hub",
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+    sent = ask(commit, repo_id, token, revision)
+    return sent.pr_url or sent.commit_url
+
+
+def _additions(folder: Path, card: str) -> list[CommitOperationAdd]:
+    """What is uploaded; made anew for each attempt, since the client marks what it has sent."""
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_published(path.name)]
+    return [
+        CommitOperationAdd("README.md", card.encode()),
+        *(CommitOperationAdd(path.name, path) for path in paths),
+    ]
+
+
+def _is_published(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in [*FILES, "*.png"])
+
+
+def _readme(client: HfApi, repo_id: str, revision: str | None) -> str | None:
+    """The text of the repository's README.md; None where there is none."""
+    info = client.model_info(repo_id, revision=revision, files_metadata=True)
+    size = next((file.size or 0 for file in info.siblings or [] if file.rfilename == "README.md"), None)
+    if size is None:
+        return None
+    if size > README_BYTES:
+        raise CareHubError(
+            f"the README of '{repo_id}' has {size / 2**20:.0f} MB, too large for a model card; "
+            "shorten it first."
+        )
+    path = client.hf_hub_download(repo_id, "README.md", revision=info.sha)
+    return Path(path).read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,317 @@
+"""Every formula by which care_hub judges embeddings, as pure functions, and the table of all metrics.
+
+Shapes: `z` (N, d) embeddings f(x) of N images, `z_a` (N, d) those of the same images under one
+augmentation a, `r` (d, d) the orthogonal matrix fitted for a on other images. A mean over images
+comes as its N terms (N,), a mean over pairs as (N, N) with a diagonal that does not count:
+`weighted_mean` takes the mean, `bootstrap_interval` says how certain it is.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TINY = 1e-12
+TIE = 1e-6  # cosines this near are equal but for rounding
+MOTIONLESS = 1e-8  # a mean squared motion of unit vectors below this is rounding
+KNN_CHUNK = 1024  # queries that are compared with the bank at a time
+
+
+def invariance(z: Tensor, z_a: Tensor) -> Tensor:
+    """(N,): |f(ax) - f(x)|^2. Its mean is the invariance error; 0 = the augmentation changes nothing.
+
+    >>> invariance(torch.eye(2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
+    tensor([2., 2.])
+    """
+    return (z_a - z).square().sum(dim=1)
+
+
+def residual(z: Tensor, z_a: Tensor, r: Tensor) -> Tensor:
+    """(N,): |f(ax) - R f(x)|^2. Its mean, with R fitted on other images, is the rotation error.
+
+    Source: Gupta et al. 2024, section 4.2 (Wahba's problem).
+
+    >>> quarter_turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    >>> residual(torch.eye(2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), quarter_turn)
+    tensor([0., 0.])
+    """
+    return invariance(z @ r.T, z_a)
+
+
+def ratio(error: Tensor, motion: Tensor) -> Tensor:
+    """error / motion, NaN where nothing moves: an invariant or collapsed encoder does not rotate well.
+
+    >>> ratio(torch.tensor([0.5, 0.0]), torch.tensor([2.0, 0.0]))
+    tensor([0.2500,    nan])
+    """
+    return torch.where(motion > MOTIONLESS, error / motion, torch.nan)
+
+
+def gram_deviation(z: Tensor, z_a: Tensor) -> Tensor:
+    """(N, N): (f(ax).f(ax') - f(x).f(x'))^2, the terms of the equivariance loss.
+
+    Source: Gupta et al. 2024, eq. 3.
+
+    >>> gram_deviation(torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    tensor([[0., 1.],
+            [1., 0.]])
+    """
+    return (z_a @ z_a.T - z @ z.T).square()
+
+
+def relative_equivariance(z: Tensor, z_a: Tensor) -> Tensor:
+    """(N, N): the terms of gamma, the relative rotational equivariance (lower is better),
+    (|f(ax') - f(ax)|^2 - |f(x') - f(x)|^2)^2 / (|f(ax') - f(x')|^2 + |f(ax) - f(x)|^2)^2.
+
+    It says how much distances change, relative to how much the embeddings move; 0 where nothing moves.
+    Source: Gupta et al. 2024, section 4.2.
+
+    >>> relative_equivariance(torch.eye(2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))  # a rotation
+    tensor([[0., 0.],
+            [0., 0.]])
+    """
+    moved = invariance(z, z_a)
+    changed = (_squared_distances(z_a) - _squared_distances(z)).square()
+    return changed / (moved[:, None] + moved[None, :]).square().clamp(min=TINY)
+
+
+def _squared_distances(z: Tensor) -> Tensor:
+    norms = z.square().sum(dim=1)
+    return norms[:, None] + norms[None, :] - 2 * z @ z.T
+
+
+def variance(z: Tensor) -> Tensor:
+    """(N,): |f(x) - mean f|^2. For unit vectors its mean is 1 - |mean f|^2: 0 = collapsed to a point,
+    1 = centered on the origin.
+
+    >>> variance(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    tensor([1., 1.])
+    """
+    return (z - z.mean(dim=0)).square().sum(dim=1)
+
+
+def effective_rank(z: Tensor) -> float:
+    """e^entropy of the normalized singular values of the centered embeddings, from 1 to d.
+
+    Source: Roy & Vetterli 2007.
+
+    >>> round(effective_rank(torch.cat([torch.eye(3), -torch.eye(3)])), 4)
+    3.0
+    """
+    p = torch.linalg.svdvals(z.double() - z.double().mean(dim=0))
+    p = p / p.sum().clamp(min=TINY)
+    return torch.exp(-(p * p.clamp(min=TINY).log()).sum()).item()
+
+
+def composition_error(r_ba: Tensor, r_b: Tensor, r_a: Tensor) -> float:
+    """|R_ba - R_b R_a|_F^2 / 2d for (d, d) matrices: 0 if the map of "a, then b" is the product of the
+    maps, about 1 for unrelated rotations.
+
+    >>> quarter_turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    >>> composition_error(-torch.eye(2), quarter_turn, quarter_turn)
+    0.0
+    """
+    return ((r_ba - r_b @ r_a).square().sum() / (2 * len(r_a))).item()
+
+
+def retrieval_ranks(queries: Tensor, candidates: Tensor) -> Tensor:
+    """(N,): the rank, from 1, of candidate i among all N by cosine similarity to query i.
+
+    Equals share their middle rank. With queries R f(x) and candidates f(ax): does the rotation find
+    the augmented image?
+
+    >>> retrieval_ranks(torch.eye(2), torch.tensor([[1.0, 0.0], [2.0, 1.0]]))
+    tensor([1., 1.])
+    """
+    similarity = F.normalize(queries, dim=1) @ F.normalize(candidates, dim=1).T
+    own = similarity.diagonal()[:, None]
+    nearer = (similarity > own + TIE).sum(dim=1)
+    equal = ((similarity - own).abs() <= TIE).sum(dim=1) - 1
+    return 1 + nearer + equal / 2
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """(B,): the mean of `values` under each row of `weights` (B, N).
+
+    `values` are (N,) terms of images, or (N, N) terms of pairs, of which those of different images count.
+
+    >>> weighted_mean(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([[1.0, 1.0, 1.0], [3.0, 0.0, 0.0]]))
+    tensor([3., 1.])
+    """
+    total = weights.sum(dim=1)
+    if values.ndim == 1:
+        return weights @ values / total
+    pairs = total.square() - weights.square().sum(dim=1)
+    off_diagonal = values.clone().fill_diagonal_(0)
+    return ((weights @ off_diagonal) * weights).sum(dim=1) / pairs.clamp(min=TINY)
+
+
+def bootstrap_weights(count: int, times: int, generator: torch.Generator) -> Tensor:
+    """(1 + times, count): how often each of `count` things is sampled with replacement.
+
+    The first row is all ones: the sample itself.
+
+    >>> bootstrap_weights(4, 10, torch.Generator().manual_seed(0)).sum(dim=1).unique()
+    tensor([4.])
+    """
+    sampled = torch.randint(0, count, (times, count), generator=generator)
+    counts = torch.zeros(times, count).scatter_add_(1, sampled, torch.ones(times, count))
+    return torch.cat([torch.ones(1, count), counts])
+
+
+def bootstrap_interval(statistics: Tensor, generator: torch.Generator) -> tuple[float, float, float]:
+    """(mean, lower end, upper end) of a 95 % interval.
+
+    `statistics` (K, 1 + B): K random augmentations, each under the 1 + B `bootstrap_weights` of the
+    images. The augmentations are resampled too, independently of the images; the ends are percentiles.
+    Source: Owen 2007, "The pigeonhole bootstrap".
+
+    >>> bootstrap_interval(torch.full((3, 201), 0.5), torch.Generator().manual_seed(0))
+    (0.5, 0.5, 0.5)
+    """
+    weights = bootstrap_weights(len(statistics), statistics.shape[1] - 1, generator).T.to(statistics)
+    means = (statistics * weights).sum(dim=0) / len(statistics)
+    low, high = means[1:].quantile(torch.tensor([0.025, 0.975]).to(means)).tolist()
+    return means[0].item(), low, high
+
+
+def knn_scores(
+    bank: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int = 200, temperature: float = 0.5
+) -> Tensor:
+    """(M, classes) votes of the k nearest neighbors of each query.
+
+    `bank` (N, d) with `labels` (N,), `queries` (M, d); k is cut to N. A neighbor of cosine similarity s
+    votes for its label with e^{s / temperature}. Runs in chunks, so that memory stays bounded.
+    Source: Wu et al. 2018; k = 200, temperature = 0.5 as in the public CARE code.
+
+    >>> knn_scores(torch.eye(2), torch.tensor([1, 0]), torch.tensor([[1.0, 0.0]]), classes=2, k=1)
+    tensor([[0.0000, 7.3891]])
+    """
+    bank = F.normalize(bank.float(), dim=1)
+    votes = torch.zeros(len(queries), classes, device=bank.device)
+    for start in range(0, len(queries), KNN_CHUNK):
+        chunk = slice(start, start + KNN_CHUNK)
+        similarity = F.normalize(queries[chunk].float(), dim=1) @ bank.T
+        similarity, index = similarity.topk(min(k, len(bank)), dim=1)
+        votes[chunk].scatter_add_(1, labels[index], (similarity / temperature).exp())
+    return votes
+
+
+def knn_top1(
+    bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k: int = 200, temperature: float = 0.5
+) -> float:
+    """Top-1 accuracy of `knn_scores` in per cent; `truth` (M,) are the labels of the queries.
+
+    >>> knn_top1(torch.eye(2), torch.tensor([1, 0]), torch.eye(2), torch.tensor([1, 1]), k=1)
+    50.0
+    """
+    classes = int(max(labels.max(), truth.max())) + 1
+    return topk_accuracy(knn_scores(bank, labels, queries, classes, k, temperature), truth, 1)
+
+
+def topk_accuracy(scores: Tensor, labels: Tensor, k: int) -> float:
+    """Per cent of rows of `scores` (N, C) whose label (N,) is among the k largest.
+
+    >>> topk_accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]), k=1)
+    50.0
+    """
+    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
+    return 100 * (best == labels[:, None]).any(dim=1).float().mean().item()
+
+
+def r_squared(prediction: Tensor, truth: Tensor) -> float:
+    """1 - |prediction - truth|^2 / |truth - mean truth|^2 over (N,) or (N, k) numbers.
+
+    1 = exact, 0 = no better than the mean.
+
+    >>> r_squared(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))
+    1.0
+    """
+    error = (truth - prediction).square().sum()
+    total = (truth - truth.mean(dim=0)).square().sum()
+    return (1 - error / total.clamp(min=TINY)).item()
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a recorded number is."""
+
+    key: str  # its name in results.json, evaluation.json and metrics.jsonl
+    title: str  # for column heads and figures
+    unit: str  # "%", "R²", "s", "images/s" or ""
+    better: str  # "higher", "lower" or "" (neither)
+    meaning: str
+
+
+# fmt: off
+_TABLE = (
+    # The end of training, and `care-hub equivariance`
+    Metric("knn_top1", "kNN, label", "%", "higher", "top-1 on held-out images, backbone features"),
+    Metric("knn_color_top1", "kNN, color", "%", "higher", "top-1 for the color of held-out images"),
+    Metric("invariance_error", "invariance error", "", "",
+           "how far an augmentation moves an embedding: mean |f(ax) - f(x)|^2"),
+    Metric("rotation_error", "rotation error", "", "",
+           "what is left after one fitted rotation for all images: mean |f(ax) - R f(x)|^2"),
+    Metric("rotation_invariance_ratio", "rotation / invariance", "", "lower",
+           "ratio of the two errors, mean over augmentations; 1 = rotating helps nothing"),
+    Metric("gram_deviation", "Gram deviation", "", "lower",
+           "how much an augmentation changes inner products between images"),
+    Metric("special_rotation_error", "rotation error, SO(d)", "", "",
+           "rotation error of proper rotations only (det R = +1)"),
+    Metric("special_rotation_invariance_ratio", "rotation / invariance, SO(d)", "", "",
+           "rotation / invariance of proper rotations only (det R = +1)"),
+    Metric("gamma", "γ", "", "", "how much distances change, relative to how much the embeddings move"),
+    Metric("variance", "variance", "", "", "mean |f(x) - mean f|^2; 0 = all embeddings collapsed to a point"),
+    Metric("composition_error", "composition error", "", "",
+           "distance of R_b R_a from R_ba, fitted on a then b; about 1 for unrelated rotations"),
+    Metric("composition_residual", "composed error", "", "", "rotation error with R_b R_a in place of R_ba"),
+    Metric("composition_invariance_ratio", "composed / invariance", "", "",
+           "rotation / invariance with R_b R_a in place of R_ba"),
+    Metric("hit_at_1", "found by R f(x)", "%", "higher", "augmented images that are the nearest to R f(x)"),
+    Metric("hit_at_1_unrotated", "found by f(x)", "%", "", "augmented images that are the nearest to f(x)"),
+    Metric("hit_at_1_random", "found by random R", "%", "",
+           "augmented images that are the nearest to a random rotation of f(x)"),
+    Metric("hit_at_5", "top 5 by R f(x)", "%", "", "augmented images among the five nearest to R f(x)"),
+    Metric("hit_at_5_unrotated", "top 5 by f(x)", "%", "", "augmented images among the five nearest to f(x)"),
+    Metric("hit_at_5_random", "top 5 by random R", "%", "",
+           "augmented images among the five nearest to a random rotation of f(x)"),
+    Metric("mrr", "MRR by R f(x)", "", "", "mean reciprocal rank of the augmented image for R f(x)"),
+    Metric("mrr_unrotated", "MRR by f(x)", "", "", "mean reciprocal rank of the augmented image for f(x)"),
+    Metric("mrr_random", "MRR by random R", "", "",
+           "mean reciprocal rank of the augmented image for a random rotation of f(x)"),
+    Metric("effective_rank", "effective rank", "", "", "how many directions the embeddings use, from 1 to d"),
+    # Accuracies
+    Metric("top1", "top-1", "%", "higher", "test images whose label is the first guess"),
+    Metric("top5", "top-5", "%", "higher", "test images whose label is among the first five guesses"),
+    # Attribute probes: what a linear map predicts from the embeddings
+    Metric("label", "label", "%", "higher", "top-1 of a linear probe for the label"),
+    Metric("color", "color", "%", "higher", "top-1 of a linear probe for the color"),
+    Metric("x", "x", "R²", "higher", "linear probe for the horizontal place of the shape"),
+    Metric("y", "y", "R²", "higher", "linear probe for the vertical place of the shape"),
+    Metric("size", "size", "R²", "higher", "linear probe for the size of the shape"),
+    Metric("rotation", "rotation", "R²", "higher", "linear probe for the angle of the shape"),
+    Metric("background", "background", "R²", "higher", "linear probe for the gray level of the background"),
+    Metric("brightness", "brightness", "R²", "higher", "linear probe for the mean brightness of the image"),
+    Metric("contrast", "contrast", "R²", "higher", "linear probe for the standard deviation of brightness"),
+    Metric("saturation", "saturation", "R²", "higher", "linear probe for the mean saturation of the image"),
+    Metric("hue", "hue", "R²", "higher", "linear probe for the mean hue, as a point in the color plane"),
+    # Training
+    Metric("loss", "loss", "", "", "InfoNCE + λ · equivariance loss"),
+    Metric("infonce", "InfoNCE", "", "", "the contrastive loss"),
+    Metric("equivariance", "equivariance loss", "", "", "change of the Gram matrices within a group"),
+    Metric("weight", "λ", "", "", "weight of the equivariance loss"),
+    Metric("lr", "learning rate", "", "", "learning rate of the optimizer"),
+    Metric("images_per_second", "speed", "images/s", "", "source images, not views, per second of training"),
+    Metric("training_seconds", "training time", "s", "", "wall time of all training steps"),
+)
+# fmt: on
+METRICS: dict[str, Metric] = {metric.key: metric for metric in _TABLE}
+FINAL_METRICS = (
+    "knn_top1",
+    "knn_color_top1",
+    "invariance_error",
+    "rotation_error",
+    "rotation_invariance_ratio",
+    "gram_deviation",
+)

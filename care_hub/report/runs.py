@@ -1,0 +1,83 @@
+"""A run folder as the page of `care-hub report` needs it."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import TrainConfig, read_yaml
+from ..errors import CareHubError
+from ..hub.card import accuracies
+from ..hub.evaluation_record import read_record
+from ..hub.export import read_config
+from ..hub.linear_head import LinearHead, head_files
+
+
+@dataclass
+class Run:
+    """What a run folder contains; parts that are not there yet are empty."""
+
+    name: str
+    path: Path
+    config: TrainConfig
+    metrics: list[dict[str, Any]]  # rows of metrics.jsonl
+    results: dict[str, float]  # results.json
+    versions: dict[str, str] = field(default_factory=dict)  # package -> version it was trained with
+    accuracy: dict[tuple[str, str], tuple[float, str]] = field(default_factory=dict)
+    """(data set, title) -> (per cent, note)"""
+    geometry: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """data set -> what `care-hub equivariance` measured"""
+
+    @classmethod
+    def read(cls, path: Path) -> "Run":
+        """Raises CareHubError for what is no run folder, or has a damaged file."""
+        if not (path / "config.yaml").is_file():
+            raise CareHubError(f"'{path}' is not a run folder (no config.yaml there).")
+        config = TrainConfig(**read_yaml(path / "config.yaml"))
+        rows, results = _read_rows(path / "metrics.jsonl"), _read_json(path / "results.json")
+        run = cls(path.resolve().name, path, config, rows, results)
+        if (path / "export" / "config.json").is_file():
+            run._read_export(path / "export")
+        return run
+
+    def _read_export(self, folder: Path) -> None:
+        config, _ = read_config(folder)
+        record = read_record(folder)
+        heads = [LinearHead.load(file) for file in head_files(folder)]
+        rows = accuracies(config, heads, record)
+        self.versions = config.versions
+        self.accuracy = {(row.dataset, row.title): (row.value, row.note) for row in rows}
+        self.geometry = record.get("equivariance", {})
+
+
+def read_runs(paths: Iterable[str | Path]) -> list[Run]:
+    """The runs in the folders `paths`; those whose folders have the same name are called by their paths."""
+    runs = [Run.read(Path(path)) for path in paths]
+    count = Counter(run.name for run in runs)
+    for run in runs:
+        run.name = str(run.path) if count[run.name] > 1 else run.name
+    if len({run.name for run in runs}) < len(runs):
+        raise CareHubError("the same run is given twice.")
+    return runs
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise CareHubError(f"'{path}' is not valid JSON ({error}).") from error
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl; a last line that is being written, or was cut short, is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise CareHubError(f"line {number} of '{path}' is not valid JSON.") from error
+    return rows

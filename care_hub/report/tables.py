@@ -1,0 +1,97 @@
+"""Results as plain text, and how numbers and their titles are written."""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from ..metrics import METRICS
+
+GEOMETRY = (
+    "invariance_error",
+    "rotation_error",
+    "rotation_invariance_ratio",
+    "special_rotation_invariance_ratio",
+    "gamma",
+    "gram_deviation",
+    "variance",
+    "composition_invariance_ratio",
+    "hit_at_1",
+    "hit_at_1_unrotated",
+    "hit_at_1_random",
+)
+
+
+def title_with_unit(key: str) -> str:
+    """How the metric `key` is called; a key without a title is its own.
+
+    >>> title_with_unit("hit_at_1"), title_with_unit("gram_deviation")
+    ('found by R f(x), %', 'Gram deviation')
+    """
+    if key not in METRICS:
+        return key
+    metric = METRICS[key]
+    return f"{metric.title}, {metric.unit}" if metric.unit else metric.title
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """`value` with so many significant digits, a dash where it is unknown (None or NaN).
+
+    >>> number(0.123456), number(7), number(None)
+    ('0.1235', '7', '–')
+    """
+    return "–" if value is None or value != value else f"{value:.{digits}g}"
+
+
+def text_table(rows: list[list[str]]) -> str:
+    """Columns under the heads in the first row, which are wrapped. The first column is flush left.
+
+    >>> print(text_table([["family", "rotation error"], ["crop", "0.017"]]))
+            rotation
+    family     error
+    crop       0.017
+    """
+    heads = [textwrap.wrap(head, 11, break_long_words=False, break_on_hyphens=False) for head in rows[0]]
+    depth = max(len(lines) for lines in heads)
+    padded = [[""] * (depth - len(lines)) + lines for lines in heads]
+    cells = [list(line) for line in zip(*padded, strict=True)] + rows[1:]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(heads))]
+    return "\n".join(_aligned(row, widths) for row in cells)
+
+
+def _aligned(row: list[str], widths: list[int]) -> str:
+    first, *others = zip(row, widths, strict=True)
+    return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
+
+
+def geometry_text(results: dict[str, dict[str, Any]]) -> str:
+    """What `care-hub equivariance` prints: families by encoder, what the columns mean, attribute probes.
+
+    `results`: name of the encoder -> what `evaluate.commands.evaluate_equivariance` measured.
+    """
+    meanings = [f"  {METRICS[key].title}: {METRICS[key].meaning}" for key in GEOMETRY]
+    note = "R is fitted on one half of the images; the other half is measured."
+    families, attributes = text_table(_family_rows(results)), text_table(_attribute_rows(results))
+    return "\n".join(["", families, "", note, *meanings, "", attributes])
+
+
+def _family_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    several = len(results) > 1
+    rows = [["family", *(["encoder"] if several else []), *map(title_with_unit, GEOMETRY)]]
+    for family in next(iter(results.values()))["families"]:
+        for name, result in results.items():
+            measured = result["families"].get(family, {})
+            means = [(measured.get(key) or [None])[0] for key in GEOMETRY]
+            rows.append([family, *([Path(name).name] if several else []), *map(number, means)])
+    return rows
+
+
+def _attribute_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    spaces = [
+        (f"{Path(name).name}, {space}", values)
+        for name, result in results.items()
+        for space, values in result["attributes"].items()
+    ]
+    rows = [["linear probe for", *(head for head, _ in spaces)]]
+    for attribute in spaces[0][1]:
+        rows.append([title_with_unit(attribute), *(number(values.get(attribute)) for _, values in spaces)])
+    return rows

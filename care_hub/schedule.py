@@ -1,0 +1,57 @@
+"""Learning rate and weight of the equivariance loss at every optimizer step: pure functions of the
+step.
+"""
+
+import math
+from dataclasses import dataclass
+
+from .config import TrainConfig
+from .errors import CareHubError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the options and the size of the data; everything in optimizer steps."""
+
+    steps_per_epoch: int
+    steps: int  # the whole schedule
+    stop: int  # where this run ends
+    warmup: int  # of the learning rate
+    weight_warmup: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, images: int) -> "Plan":
+        """The plan for `images` training images. Raises CareHubError if they do not fill one step."""
+        per_step = config.batch_size * config.gradient_accumulation
+        if images < per_step:
+            raise CareHubError(
+                f"{images} training images are fewer than the {per_step} of one optimizer step; "
+                "lower `batch_size`."
+            )
+        per_epoch = images // per_step
+        steps = config.epochs * per_epoch
+        return cls(
+            steps_per_epoch=per_epoch,
+            steps=steps,
+            stop=min(steps, config.max_steps or steps),
+            warmup=round(config.warmup_epochs * per_epoch),
+            weight_warmup=round(config.weight_warmup_epochs * per_epoch),
+        )
+
+
+def lr_at(step: int, total: int, warmup: int, peak: float, schedule: str) -> float:
+    """Learning rate at optimizer step `step` (from 0): linear warm-up, then constant or half a cosine.
+
+    >>> [round(lr_at(step, 5, 2, 1.0, "cosine"), 2) for step in range(5)]
+    [0.5, 1.0, 1.0, 0.75, 0.25]
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def weight_at(step: int, warmup: int, weight: float) -> float:
+    """Weight of the equivariance loss at step `step` (from 0): grows linearly over `warmup` steps."""
+    return weight * min(1.0, (step + 1) / warmup) if warmup else weight

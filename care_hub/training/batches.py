@@ -1,0 +1,143 @@
+"""Which images a process sees when, and which views of them: a matter of seed, step and place in
+the global batch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..augment import AugmentationConfig, center_crop, sample_crop_box, seeded_generator, two_views
+from ..config import TrainConfig
+from ..data.decode import crop_and_resize, resize_and_center_crop
+from ..data.images import Images, StreamedImages
+from ..data.sources import dataset_spec
+from ..schedule import Plan
+
+Batch = Tensor | tuple[Tensor, Tensor | None]  # whole images, or the crops that loader processes have cut
+
+
+def training_augmentation(config: TrainConfig) -> AugmentationConfig:
+    """The augmentation of the views, with the size and normalization of the data set."""
+    spec = dataset_spec(config.dataset_name)
+    mean, std = spec.statistics
+    return AugmentationConfig(
+        size=config.image_size or spec.size,
+        scale=(config.crop_scale, 1.0),
+        jitter=config.jitter,
+        jitter_p=config.jitter_p,
+        grayscale=config.grayscale,
+        blur=config.blur,
+        blur_kernel_size=config.blur_kernel_size,
+        mean=mean,
+        std=std,
+    )
+
+
+def make_views(
+    batch: Batch, config: TrainConfig, augmentation: AugmentationConfig, step: int, rank: int, processes: int
+) -> tuple[Tensor, ...]:
+    """The pair for InfoNCE (sampled per image) and, for CARE, the pair sampled per group; one pair
+    where shared.
+
+    `batch`: (b, 3, H, W), or ((b, 2, 3, S, S), and for the second pair the same or None). `step` counts
+    micro-batches. Each pair is (2b, 3, S, S), first view then second.
+    """
+    cut = not isinstance(batch, Tensor)
+    first, second = (batch, batch) if isinstance(batch, Tensor) else batch
+    groups = config.equiv_splits if config.augmentation_scope == "group" else 1
+    here = {"rank": rank, "processes": processes}
+
+    def views(images: Tensor, stream: str, draws: int, cropped: bool, stride: int = 1) -> Tensor:
+        return two_views(
+            images, augmentation, config.seed, step, stream, draws, cropped=cropped, stride=stride, **here
+        )
+
+    if config.weight and config.views == "shared":
+        return (views(first, "shared", groups, cut, config.equivariance_stride),)
+    contrastive = views(first, "contrastive", len(first) * processes, cut)
+    if not config.weight or second is None:
+        return (contrastive,)
+    if not cut:
+        second = second[:: config.equivariance_stride]
+        if not config.equivariance_crop:
+            second = center_crop(second, augmentation.size)
+    return contrastive, views(second, "equivariance", groups, cut or not config.equivariance_crop)
+
+
+@dataclass(frozen=True)
+class ViewCutter:
+    """Cuts the views of one streamed image, in a loader process; samples crops as `make_views`
+    groups them.
+    """
+
+    config: TrainConfig
+    augmentation: AugmentationConfig
+    crop_pct: float
+
+    def __call__(self, image: Image.Image, step: int, place: int) -> tuple[list, list]:
+        """Crops for the contrastive pair, and for the equivariance pair (none where that does not
+        see the image).
+
+        `place`: of the image in the global batch.
+        """
+        c = self.config
+        groups = c.equiv_splits if c.augmentation_scope == "group" else 1
+        group = place // (c.batch_size // groups)
+        outside = place % c.equivariance_stride != 0  # of the part that the equivariance loss sees
+        if c.weight and c.views == "shared":
+            if outside:
+                return self._crops(image, "shared own", step, place), []
+            return self._crops(image, "shared", step, group), []
+        contrastive = self._crops(image, "contrastive", step, place)
+        if not c.weight or outside:
+            return contrastive, []
+        if not c.equivariance_crop:
+            return contrastive, [resize_and_center_crop(image, self.augmentation.size, self.crop_pct)] * 2
+        return contrastive, self._crops(image, "equivariance", step, group)
+
+    def _crops(self, image: Image.Image, stream: str, step: int, unit: int) -> list[Image.Image]:
+        crops = []
+        for view in (0, 1):
+            generator = seeded_generator(self.config.seed, stream, "crop", step, view, unit)
+            box = sample_crop_box(self.augmentation, image.height, image.width, generator)
+            crops.append(crop_and_resize(image, box, self.augmentation.size))
+        return crops
+
+
+def training_batches(
+    config: TrainConfig,
+    plan: Plan,
+    images: Images,
+    augmentation: AugmentationConfig,
+    start: int,
+    rank: int,
+    processes: int,
+) -> Iterator[Batch]:
+    """What `make_views` takes, for every micro-batch from optimizer step `start` on."""
+    indices = epoch_order(config, plan, len(images), start, rank, processes)
+    if not isinstance(images, StreamedImages):
+        return images.batches(indices)
+    first, place = start * config.gradient_accumulation, rank * (config.batch_size // processes)
+    jobs = ((index, first + k, place) for k, index in enumerate(indices))
+    return images.cut_batches(jobs, ViewCutter(config, augmentation, augmentation.size / images.size))
+
+
+def epoch_order(
+    config: TrainConfig, plan: Plan, images: int, start: int, rank: int, processes: int
+) -> Iterator[Tensor]:
+    """This process's indices of every micro-batch from step `start` on; epochs are shuffled by
+    (seed, epoch).
+    """
+    size, per_epoch = config.batch_size // processes, plan.steps_per_epoch * config.gradient_accumulation
+    first, last = start * config.gradient_accumulation, plan.stop * config.gradient_accumulation
+    shuffled, shuffled_epoch = torch.empty(0), -1
+    for k in range(first, last):
+        epoch, place = divmod(k, per_epoch)
+        if epoch != shuffled_epoch:
+            shuffled = torch.randperm(images, generator=seeded_generator(config.seed, "order", epoch))
+            shuffled_epoch = epoch
+        begin = place * config.batch_size + rank * size
+        yield shuffled[begin : begin + size]

@@ -1,0 +1,129 @@
+"""Checkpoints: safetensors and JSON, complete or absent, written while training goes on."""
+
+import json
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import CareHubError
+
+
+class CheckpointWriter:
+    """Saves checkpoints in `folder`, one at a time, in a thread.
+
+    A training step waits for a copy of the tensors, not for the disk.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.pool, self.step = folder, ThreadPoolExecutor(1), 0
+        self.running: Future[Path] | None = None
+
+    def save(
+        self, step: int, model: dict[str, Tensor], optimizer: dict[str, Any], extra: dict[str, Any]
+    ) -> None:
+        """Begin to write; first waits for the checkpoint before."""
+        self.wait()
+        state = {k: {n: _copy(v) for n, v in of.items()} for k, of in optimizer["state"].items()}
+        model = {k: _copy(v) for k, v in model.items()}
+        self.step = step
+        copied = optimizer | {"state": state}
+        self.running = self.pool.submit(save_checkpoint, self.folder, step, model, copied, extra)
+
+    def wait(self) -> None:
+        """Until all is on disk. Raises CareHubError if it could not be written."""
+        running, self.running = self.running, None
+        try:
+            if running:
+                running.result()
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            where = f"the checkpoint of step {self.step} can't be written in '{self.folder}'"
+            raise CareHubError(f"{where} ({reason}).") from error
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return value
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: dict[str, Tensor],
+    optimizer: dict[str, Any],
+    extra: dict[str, Any],
+    retain: int = 2,
+) -> Path:
+    """Write `folder`/step-XXXXXXXX and remove all but the newest `retain`.
+
+    Files are written and synced under a temporary name in the same folder, then renamed: a crash
+    leaves the old checkpoints and no half one. Tensors are contiguous and on the CPU; `extra` is
+    JSON (step, seconds, ...).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final, temporary = folder / f"step-{step:08d}", folder / f".writing-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    tensors, layout = _flatten(optimizer)
+    save_file(model, temporary / "model.safetensors")
+    save_file(tensors, temporary / "optimizer.safetensors")
+    (temporary / "state.json").write_text(json.dumps(extra | {"step": step, "optimizer": layout}))
+    for path in temporary.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    for old in complete_checkpoints(folder)[:-retain]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in `folder`, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """(model state, optimizer state, extra) of the newest checkpoint in `folder`.
+
+    Raises CareHubError if there is none, or if it is damaged.
+    """
+    found = complete_checkpoints(folder)
+    if not found:
+        raise CareHubError(f"there is no complete checkpoint in '{folder}' to resume from.")
+    path = found[-1]
+    try:
+        extra = json.loads((path / "state.json").read_text())
+        model, tensors = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+        return model, _unflatten(tensors, extra.pop("optimizer")), extra
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        advice = "remove it to resume from an older one"
+        raise CareHubError(f"the checkpoint '{path}' is damaged ({error}); {advice}.") from error
+
+
+def _flatten(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state_dict as flat tensors and what JSON can hold."""
+    tensors, plain = {}, {}
+    for index, state in optimizer["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                plain[f"{index}.{name}"] = value
+    return tensors, {"param_groups": optimizer["param_groups"], "plain": plain}
+
+
+def _unflatten(tensors: dict[str, Tensor], layout: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *layout["plain"].items()]:
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": layout["param_groups"]}

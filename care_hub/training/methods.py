@@ -1,0 +1,118 @@
+"""Views -> losses: SimCLR and MoCo-v2, and CARE on top of either.
+
+Every loss is that of the global batch, the same on every process.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import losses
+from ..distributed import gather
+from ..encoder import Encoder
+
+
+class SimCLR(nn.Module):
+    """InfoNCE between two views sampled per image, plus `weight` times equivariance between two
+    sampled per group.
+
+    `weight` 0 is plain SimCLR (Chen et al. 2020); otherwise CARE: L = L_InfoNCE + weight * L_equi
+    (Gupta et al. 2024). The two pairs go through the encoder one after the other, so the batch
+    statistics behind InfoNCE are the same with and without equivariance. Where one pair serves both
+    losses, every `stride`-th image of it was sampled per group.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        temperature: float,
+        weight: float,
+        groups: int,
+        stride: int = 1,
+        subtype: str = "infonce",
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.temperature, self.weight, self.groups = temperature, weight, groups
+        self.stride, self.subtype = stride, subtype
+
+    def forward(self, views: Tensor, group_views: Tensor | None = None) -> dict[str, Tensor]:
+        """The scalars loss, infonce and equivariance.
+
+        `views`: (2b, 3, S, S), first view then second. `group_views`: the same for the pair sampled
+        per group; None if `views` themselves were sampled per group, or `weight` is 0.
+        """
+        contrastive, pair = self.contrastive(views)
+        equivariance = contrastive.new_zeros(())
+        if self.weight:
+            if group_views is not None:
+                pair = self.embed(group_views)
+            elif pair is None:
+                pair = self.embed(torch.cat([view[:: self.stride] for view in views.chunk(2)]))
+            else:
+                pair = [z[:: self.stride] for z in pair]
+            equivariance = losses.equivariance(pair[0], pair[1], self.groups)
+        loss = contrastive + self.weight * equivariance
+        return {"loss": loss, "infonce": contrastive, "equivariance": equivariance}
+
+    def contrastive(self, views: Tensor) -> tuple[Tensor, Sequence[Tensor] | None]:
+        """The contrastive loss, and the two embeddings of the global batch where it has them."""
+        first, second = self.embed(views)
+        return losses.contrastive(first, second, self.temperature, self.subtype), (first, second)
+
+    def embed(self, views: Tensor) -> Sequence[Tensor]:
+        """(2b, ...) of this process -> two (B, d) of all processes."""
+        return [gather(z) for z in self.encoder(views).chunk(2)]
+
+    def after_step(self) -> None:
+        """Called once after every optimizer step."""
+
+
+class MoCo(SimCLR):
+    """MoCo-v2 (He et al. 2020; Chen et al. 2020b): queries against their keys and a queue of older
+    keys.
+
+    Keys come from a momentum copy of the encoder and enter the queue after they were scored. The
+    equivariance loss is taken on the query encoder.
+    """
+
+    queue: Tensor  # (K, d) unit vectors
+    place: Tensor  # where the next keys go
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        temperature: float,
+        weight: float,
+        groups: int,
+        stride: int,
+        queue_size: int,
+        momentum: float,
+        dim: int,
+    ):
+        super().__init__(encoder, temperature, weight, groups, stride)
+        self.momentum = momentum
+        self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
+        self.register_buffer("place", torch.zeros((), dtype=torch.long))
+
+    def contrastive(self, views: Tensor) -> tuple[Tensor, None]:
+        """InfoNCE of queries against keys and queue; there is no pair of embeddings with gradients."""
+        first, second = views.chunk(2)
+        queries = gather(self.encoder(first))
+        with torch.no_grad():
+            keys = gather(self.key_encoder(second)).to(self.queue.dtype)
+        loss = losses.moco(queries, keys, self.queue.clone(), self.temperature)
+        where = (self.place + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[where] = keys
+        self.place.copy_((self.place + len(keys)) % len(self.queue))
+        return loss, None
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the key encoder a little toward the query encoder."""
+        for key, query in zip(self.key_encoder.parameters(), self.encoder.parameters(), strict=True):
+            key.lerp_(query, 1 - self.momentum)

@@ -1,0 +1,130 @@
+"""A run's folder: made or found, saved to, resumed from, and what is left in it at the end."""
+
+import itertools
+import json
+import logging
+import platform
+import shlex
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import accelerate
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from ..config import TrainConfig, plain_values, to_yaml
+from ..data.images import Images
+from ..encoder import Encoder
+from ..errors import CareHubError
+from ..hub.card import write_card
+from ..hub.export import fill, write_text
+from ..hub.push import push_folder
+from ..report.figures import plot_neighbors
+from .checkpoint import complete_checkpoints, load_checkpoint
+
+logger = logging.getLogger(__name__)
+SHEET_IMAGES = 2000  # among which neighbors are looked for
+
+
+def open_run(config: TrainConfig, main: bool) -> Path:
+    """Make the run folder (one name for all processes) and write config.yaml, or find the one to
+    resume.
+
+    All processes call it. Raises CareHubError, on all of them, if the folder exists or can't be made.
+    """
+    name, problem = config.run_name, None
+    if main and not config.resume:
+        try:
+            name = _make_folder(config)
+        except CareHubError as error:
+            problem = str(error)
+    name, problem = broadcast_object_list([name, problem])
+    if problem:
+        raise CareHubError(problem)
+    return Path(config.save_root) / name
+
+
+def _make_folder(config: TrainConfig) -> str:
+    root = Path(config.save_root)
+    stem = f"{config.dataset_name.replace('/', '-')}-{config.method}"
+    names: Iterable[str] = (f"{stem}-{k}" for k in itertools.count(1))
+    if config.run_name:
+        names = [config.run_name]
+    for name in names:
+        try:
+            (root / name).mkdir(parents=True)
+            write_text(root / name / "config.yaml", to_yaml(config))
+            return name
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise CareHubError(f"the run folder '{root / name}' can't be made ({error.strerror}).") from error
+    raise CareHubError(
+        f"the run folder '{root / str(config.run_name)}' exists; choose another `run_name`, "
+        "or resume it with `resume=True`."
+    )
+
+
+def restore(
+    run: Path, method: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+) -> tuple[int, float]:
+    """Weights, optimizer and position of the newest checkpoint -> (step, seconds trained).
+
+    All else follows from the seed. Raises CareHubError for a damaged checkpoint, or one of another
+    model.
+    """
+    model, state, extra = load_checkpoint(run / "checkpoints")
+    fill(accelerator.unwrap_model(method), model, complete_checkpoints(run / "checkpoints")[-1])
+    optimizer.load_state_dict(state)
+    for parameter, saved in optimizer.state.items():
+        # A fused optimizer pairs numbers by their place in memory: its state needs the layout of the weights.
+        for name, value in saved.items():
+            if getattr(value, "shape", None) == parameter.shape:
+                saved[name] = torch.empty_like(parameter).copy_(value)
+    if accelerator.scaler and extra["scaler"]:
+        accelerator.scaler.load_state_dict(extra["scaler"])
+    return extra["step"], extra["seconds"]
+
+
+def export_run(
+    run: Path, config: TrainConfig, encoder: Encoder, images: Images, results: dict[str, float]
+) -> None:
+    """Write export/ with its card and a sheet of neighbors among `images`, and results.json."""
+    encoder.config = replace(
+        encoder.config,
+        method=config.method_name,
+        weight=config.weight,
+        groups=config.equiv_splits,
+        dataset=config.dataset_name,
+        seed=config.seed,
+        training=plain_values(config.published()),
+        results=results,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "accelerate": accelerate.__version__,
+        },
+    )
+    encoder.save_pretrained(run / "export")
+    write_text(run / "results.json", json.dumps(results, indent=2) + "\n")
+    some = images.take(torch.arange(min(SHEET_IMAGES, len(images))))
+    plot_neighbors({"": encoder}, some, run / "export" / "neighbors.png")
+    write_card(run / "export")
+
+
+def push_run(run: Path, repo_id: str) -> None:
+    """Push the export, which is kept whatever happens. Raises CareHubError that says how to push it
+    later.
+    """
+    try:
+        logger.info("\nPushed     %s", push_folder(run / "export", repo_id))
+    except CareHubError as error:
+        later = f"care-hub push {shlex.quote(str(run))} {repo_id}"
+        raise CareHubError(
+            f"the run is complete and saved, but it could not be pushed: {error} Push it later: {later}"
+        ) from error

@@ -1,0 +1,117 @@
+"""What a user sees before training and after it."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..config import TrainConfig
+from ..data.images import Images
+from ..encoder import Encoder
+from ..metrics import FINAL_METRICS, METRICS
+from ..schedule import Plan, lr_at
+
+
+def plan_text(
+    config: TrainConfig,
+    plan: Plan,
+    encoder: Encoder,
+    train: Images,
+    processes: int,
+    device: str,
+    precision: str,
+) -> str:
+    """The resolved plan in three lines."""
+    millions = sum(p.numel() for p in encoder.parameters()) / 1e6
+    method = config.method_name
+    if config.weight:
+        method += f", weight {config.weight:g}"
+        if config.weight_warmup_epochs:
+            method += f" growing over {config.weight_warmup_epochs:g} epochs"
+        method += f", {config.equiv_splits} groups"
+    if config.method == "moco":
+        method += f", queue {config.queue_for(len(train)):,}"
+    batch = f"{config.batch_size} images"
+    if config.gradient_accumulation > 1:
+        batch += f", each the average of {config.gradient_accumulation} independent micro-batches"
+    optimizer = config.optimizer if config.optimizer == "lars" else f"fused {config.optimizer}"
+    if config.compile:
+        optimizer += ", compiled"
+    model = f"{config.model} ({millions:.1f} M parameters)"
+    data = f"{config.dataset_name}, {len(train):,} images at {encoder.config.image_size} px"
+    epochs = f"{plan.stop / plan.steps_per_epoch:.1f} epochs"
+    lines = [
+        f"{method} · {model} · {data}",
+        f"{plan.stop:,} steps of {batch} ({epochs}) on {processes} x {device}",
+        f"precision {precision}, channels_last, {optimizer}, images {train.description}",
+    ]
+    return "\n".join(lines)
+
+
+def skipped_text(split: str, images: Images) -> str:
+    """Which broken images of a split were left out."""
+    return f"skipped {len(images.skipped)} broken images in {split}: " + " ".join(images.skipped)
+
+
+def dry_run_text(config: TrainConfig, plan: Plan, processes: int, memory: float) -> str:
+    """Learning rates along the schedule, and `memory`, bytes per process."""
+    steps = {0, plan.warmup, plan.steps // 4, plan.steps // 2, 3 * plan.steps // 4, plan.steps - 1}
+    rates = [
+        f"{lr_at(k, plan.steps, plan.warmup, config.lr, config.lr_schedule_type):.3g} at step {k + 1:,}"
+        for k in sorted(steps)
+    ]
+    share = f"{config.batch_size // processes} images per process"
+    if config.weight:
+        share += f", {config.equiv_splits // processes} groups"
+    return "\n".join(
+        [
+            share,
+            f"learning rate {', '.join(rates)}",
+            f"about {memory / 2**30:.1f} GiB per process for the step (a guess)",
+        ]
+    )
+
+
+def final_screen(config: TrainConfig, run: Path, results: Mapping[str, float], skipped: int) -> str:
+    """What was measured, where it lies, and what to type next."""
+    minutes, speed = results["training_seconds"] / 60, results["images_per_second"]
+    trained = f"Trained {config.method_name} on {config.dataset_name}"
+    lines = ["", f"{trained} in {minutes:.1f} minutes ({speed:.0f} images/s).", ""]
+    for metric in (METRICS[key] for key in FINAL_METRICS if key in results):
+        value = results[metric.key]
+        shown = f"{value:6.1f} %" if metric.unit == "%" else f"{value:8.4f}"
+        lines.append(f"  {metric.title:<22}{shown:<10} {metric.meaning}")
+    if skipped:
+        lines += ["", f"  {skipped} broken images were skipped."]
+    lines += [
+        "",
+        f"Results    {run / 'results.json'}, {run / 'metrics.jsonl'}",
+        f"Encoder    {run / 'export'}   (neighbors.png there shows what it finds alike)",
+        "",
+        "Next",
+        *next_commands(config, run),
+    ]
+    return "\n".join(lines)
+
+
+def next_commands(config: TrainConfig, run: Path) -> list[str]:
+    """Commands that use the encoder, and train and compare its baseline."""
+    name = shlex.quote(str(run))
+    data = f"--dataset-name {config.dataset_name}"
+    if config.data_root:
+        data += f" --data-root {shlex.quote(config.data_root)}"
+    commands = [
+        f"  care-hub embed YOUR_IMAGES --encoder {name} -o embeddings.parquet",
+        f"  python -c \"import care_hub; print(care_hub.load_encoder('{run}').encode('YOUR_IMAGES').shape)\"",
+        f"  python eval_linear.py --encoder {name} {data}   # a linear head",
+    ]
+    if config.weight:
+        plain = shlex.quote(f"{run.name}-plain")
+        if config.push_to_hub:
+            plain += " --push-to-hub ''"
+        file = shlex.quote(str(run / "config.yaml"))
+        twin = shlex.quote(f"{run}-plain")
+        commands += [
+            f"  accelerate launch train.py --config {file} --weight 0 --run-name {plain}   # the baseline",
+            f"  care-hub equivariance {name} {twin} {data} -o compared",
+        ]
+    return commands

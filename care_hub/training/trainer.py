@@ -1,0 +1,319 @@
+"""The training loop: set-up, fit, finish."""
+
+import dataclasses
+import logging
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import send_to_device
+from timm.optim import Lars
+from torch import nn
+
+from ..augment import AugmentationConfig
+from ..config import TrainConfig
+from ..data.images import Images, InMemoryImages
+from ..data.sources import load_splits
+from ..distributed import global_batch_norm
+from ..encoder import Encoder
+from ..errors import CareHubError
+from ..evaluate.monitor import final_results, knn_monitor
+from ..hub.client import check_push
+from ..schedule import Plan, lr_at, weight_at
+from . import run, summary
+from .batches import make_views, training_augmentation, training_batches
+from .checkpoint import CheckpointWriter
+from .methods import MoCo, SimCLR
+from .progress import Interrupt, Progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Setup:
+    """What is known before the first file is written."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    train: Images
+    test: Images | None
+    plan: Plan
+    augmentation: AugmentationConfig
+    encoder: Encoder
+
+
+@dataclass
+class Session:
+    """What a run changes."""
+
+    folder: Path
+    method: nn.Module  # wrapped for many processes
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    writer: CheckpointWriter
+    start: int  # the first step
+
+
+def train(config: TrainConfig) -> dict[str, float]:
+    """Train, evaluate and export as `config` says; returns what is written to results.json.
+
+    Progress goes to the `care_hub` logger. The global random state is left as it was. Raises
+    CareHubError for user errors; everything up to the last checkpoint is kept then.
+    """
+    accelerator = make_accelerator(config)
+    on_gpu = accelerator.device.type == "cuda"
+    with torch.random.fork_rng([accelerator.device] if on_gpu else []):
+        torch.manual_seed(config.seed)  # the same initial weights on every process
+        setup = set_up(config, accelerator)
+        if config.dry_run:
+            return {}
+        session = start(setup)
+        return finish(setup, session, fit(setup, session))
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The process group, device and precision of this process."""
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else Accelerate does not see the processes of torchrun
+        mixed_precision=precision(config.mixed_precision),
+        log_with=None if config.log_with == "none" else config.log_with,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        project_dir=config.save_root,
+    )
+    config.check_processes(accelerator.num_processes)
+    if config.push_to_hub and accelerator.is_main_process and not config.dry_run:
+        check_push(config.push_to_hub)
+    return accelerator
+
+
+def precision(wanted: str) -> str:
+    """`auto` -> bf16 where the matrix units have it: GPUs from Ampere on, CPUs with avx512_bf16 or AMX."""
+    if wanted != "auto":
+        if wanted == "fp16" and not torch.cuda.is_available():
+            raise CareHubError("`mixed_precision='fp16'` needs a GPU; use bf16 or no on a CPU.")
+        return wanted
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "no"
+    probes = [
+        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    ]
+    return "bf16" if any(probe() for probe in probes if probe) else "no"
+
+
+def set_up(config: TrainConfig, accelerator: Accelerator) -> Setup:
+    """Read the data, build the encoder and say the plan."""
+    main = accelerator.is_main_process
+    # One process of each machine fills the cache of `datasets`; the others wait for it.
+    with accelerator.local_main_process_first():
+        train_images, test_images = load_splits(config, config.image_size, progress=main)
+    plan, augmentation = Plan.of(config, len(train_images)), training_augmentation(config)
+    encoder = Encoder.new(
+        config.model,
+        augmentation.size,
+        augmentation.mean,
+        augmentation.std,
+        config.projection_hidden,
+        config.projection_dim,
+        config.projection_norm,
+        crop_pct=augmentation.size / train_images.size,
+    )
+    setup = Setup(config, accelerator, train_images, test_images, plan, augmentation, encoder)
+    if main:
+        log_plan(setup)
+    return setup
+
+
+def log_plan(setup: Setup) -> None:
+    """The plan, the images that were skipped and, for a dry run, what can be known in advance."""
+    config, accelerator = setup.config, setup.accelerator
+    processes, device = accelerator.num_processes, f"CPU, {torch.get_num_threads()} threads"
+    if accelerator.device.type == "cuda":
+        device = torch.cuda.get_device_name(accelerator.device)
+    logger.info(
+        summary.plan_text(
+            config, setup.plan, setup.encoder, setup.train, processes, device, accelerator.mixed_precision
+        )
+    )
+    for split, images in (("train", setup.train), ("test", setup.test)):
+        if images is not None and images.skipped:
+            logger.info(summary.skipped_text(split, images))
+    if config.dry_run:
+        share = config.batch_size // processes
+        memory = step_memory(config, setup.encoder, share, accelerator.mixed_precision)
+        logger.info(summary.dry_run_text(config, setup.plan, processes, memory))
+
+
+def start(setup: Setup) -> Session:
+    """Make the run folder and what is trained; restore the newest checkpoint of a run that is resumed."""
+    config, accelerator = setup.config, setup.accelerator
+    folder = run.open_run(config, accelerator.is_main_process)
+    method = global_batch_norm(make_method(config, setup.encoder, len(setup.train)), accelerator.device)
+    if config.compile:
+        setup.encoder.backbone.compile()
+    with warnings.catch_warnings():
+        # Renamed in newer torch; the old name is the one that torch 2.6 knows.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        method, optimizer = accelerator.prepare(method, make_optimizer(config, method))
+    step, seconds = 0, 0.0
+    if config.resume:
+        step, seconds = run.restore(folder, method, optimizer, accelerator)
+    for images in (setup.train, setup.test):
+        if isinstance(images, InMemoryImages):
+            images.to(accelerator.device)
+    if config.log_with != "none":
+        accelerator.project_configuration.logging_dir = str(folder)
+        accelerator.init_trackers("care_hub", {k: str(v) for k, v in dataclasses.asdict(config).items()})
+    progress = Progress(folder, setup.plan, step, seconds, config, accelerator)
+    return Session(folder, method, optimizer, progress, CheckpointWriter(folder / "checkpoints"), step)
+
+
+def fit(setup: Setup, session: Session) -> int:
+    """Optimizer steps until the plan's end or an interrupt; returns how many are done in all."""
+    config, accelerator, plan = setup.config, setup.accelerator, setup.plan
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    method, optimizer, progress = session.method, session.optimizer, session.progress
+    care: SimCLR = accelerator.unwrap_model(method)
+    batches = training_batches(config, plan, setup.train, setup.augmentation, session.start, rank, processes)
+    method.train()
+    with Interrupt(enabled=processes == 1) as interrupt:
+        for step in range(session.start, plan.stop):
+            began = time.perf_counter()
+            # Pure functions of the step: the same on every process, and after a resume.
+            lr = lr_at(step, plan.steps, plan.warmup, config.lr, config.lr_schedule_type)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            care.weight = weight_at(step, plan.weight_warmup, config.weight)
+
+            for micro in range(config.gradient_accumulation):
+                batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+                # Augmentations are sampled for the global batch; each process applies those of its images.
+                number = step * config.gradient_accumulation + micro
+                views = make_views(batch, config, setup.augmentation, number, rank, processes)
+                # Gradients are averaged over processes once a step, during the last backward pass.
+                last = micro == config.gradient_accumulation - 1
+                with nullcontext() if last else accelerator.no_sync(method):
+                    losses = method(*views)  # embeddings are gathered: all processes take part
+                    accelerator.backward(losses["loss"] / config.gradient_accumulation)
+                progress.add_losses(losses)
+            optimizer.step()
+            optimizer.zero_grad()
+            care.after_step()
+            # Fetches losses now and then, which waits for the device; one that is not finite ends the run.
+            progress.add_step(step, lr, care.weight, time.perf_counter() - began)
+
+            done = step + 1
+            if interrupt.asked:
+                return done
+            if done == plan.stop:
+                break  # the last checkpoint and the final evaluation follow the loop
+            if done % (config.checkpoint_every or plan.steps_per_epoch) == 0:
+                progress.flush()
+                save_checkpoint(setup, session, done)
+            if knn_is_due(config, plan, done):
+                # Every process embeds its share of the images: all take part.
+                (top1,) = knn_monitor(config, setup.encoder, setup.train, setup.test, accelerator)
+                progress.add_knn(done, top1)
+    return plan.stop
+
+
+def knn_is_due(config: TrainConfig, plan: Plan, done: int) -> bool:
+    """Whether a kNN check follows step number `done`."""
+    every, (epochs, rest) = config.knn_every or 0, divmod(done, plan.steps_per_epoch)
+    return every > 0 and rest == 0 and epochs % every == 0
+
+
+def save_checkpoint(setup: Setup, session: Session, done: int) -> None:
+    """Begin to write a checkpoint, on the main process alone: all have the same state."""
+    accelerator = setup.accelerator
+    if accelerator.is_main_process:
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+        extra = {"seconds": session.progress.seconds, "scaler": scaler}
+        model = accelerator.unwrap_model(session.method).state_dict()
+        session.writer.save(done, model, session.optimizer.state_dict(), extra)
+
+
+def finish(setup: Setup, session: Session, done: int) -> dict[str, float]:
+    """Save, evaluate (all processes), then export, say what was measured, and push (the main process).
+
+    Raises CareHubError, after saving, for a run that was interrupted.
+    """
+    config, accelerator, folder = setup.config, setup.accelerator, session.folder
+    session.progress.close()
+    save_checkpoint(setup, session, done)
+    if done < setup.plan.stop:
+        session.writer.wait()
+        raise CareHubError(
+            f"stopped at step {done} of {setup.plan.stop}; "
+            f"resume it with `resume=True` `run_name='{folder.name}'`."
+        )
+    results = final_results(config, setup.encoder, setup.train, setup.test, setup.augmentation, accelerator)
+    session.writer.wait()
+    seconds, images = session.progress.seconds, done * config.batch_size * config.gradient_accumulation
+    results |= {"training_seconds": round(seconds, 1), "images_per_second": round(images / seconds, 1)}
+    if accelerator.is_main_process:
+        run.export_run(folder, config, setup.encoder, setup.test or setup.train, results)
+        skipped = len(setup.train.skipped) + (len(setup.test.skipped) if setup.test else 0)
+        logger.info(summary.final_screen(config, folder, results, skipped))
+        if config.push_to_hub:
+            run.push_run(folder, config.push_to_hub)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    return results
+
+
+def make_method(config: TrainConfig, encoder: Encoder, images: int) -> SimCLR:
+    """The module that turns views into losses, for so many training images."""
+    stride = config.equivariance_stride if config.views == "shared" else 1
+    if config.method == "simclr":
+        return SimCLR(
+            encoder, config.temperature, config.weight, config.equiv_splits, stride, config.loss_subtype
+        )
+    return MoCo(
+        encoder,
+        config.temperature,
+        config.weight,
+        config.equiv_splits,
+        stride,
+        config.queue_for(images),
+        config.momentum_encoder,
+        config.projection_dim,
+    )
+
+
+def make_optimizer(config: TrainConfig, method: nn.Module) -> torch.optim.Optimizer:
+    """adam, adamw, sgd (fused) or lars over the parameters that are trained."""
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    lr, decay = config.lr, config.weight_decay
+    if config.optimizer == "lars":
+        return Lars(parameters, lr=lr, weight_decay=decay, momentum=config.momentum)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, weight_decay=decay, momentum=config.momentum, fused=True)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=lr, weight_decay=decay, fused=True)
+
+
+def step_memory(config: TrainConfig, encoder: Encoder, images: int, precision: str) -> float:
+    """A guess of the bytes that a step on `images` images takes.
+
+    Weights, gradients, optimizer, and what the layers save for the backward pass: the outputs of
+    all layers, measured on one image.
+    """
+    outputs, size = 0, encoder.config.image_size
+
+    def count(module: nn.Module, inputs: object, output: object) -> None:
+        nonlocal outputs
+        outputs += output.numel() if isinstance(output, torch.Tensor) else 0
+
+    hooks = [m.register_forward_hook(count) for m in encoder.modules() if not list(m.children())]
+    encoder.embed(torch.zeros(1, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    separate = config.weight and config.views == "separate"
+    views = images * (2 + (2 / config.equivariance_stride if separate else 0))  # alive at the backward pass
+    parameters = sum(p.numel() for p in encoder.parameters())
+    copies = (4 if config.optimizer in ("adam", "adamw") else 3) + (config.method == "moco")
+    return parameters * 4 * copies + outputs * views * (4 if precision == "no" else 2)

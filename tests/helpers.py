@@ -1,0 +1,139 @@
+"""What tests share: run a command as a user would, in a process of its own or in this one."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from click.testing import CliRunner
+from loopback_hub import LoopbackHub
+from PIL import Image
+from safetensors.torch import load_file, save
+
+from care_hub import cli
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("CARE_HUB_TEST_DATA", ROOT.parent / "shared"))  # real data, where it is at hand
+OLD = Path(__file__).parent / "old"  # an export and a run folder as version 0.1.0 wrote them
+TORCHRUN = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+PHOTO = Image.radial_gradient("L").convert("RGB")  # the one in a model card
+IMAGES = np.random.RandomState(0).randint(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+TINY = (
+    *("--batch-size", "16", "--equiv-splits", "4", "--projection-hidden", "32", "--projection-dim", "16"),
+    *("--knn-bank", "200", "--mixed-precision", "no"),
+)
+
+
+def run(*words, ok: bool = True, cwd=None, env=None, timeout: int = 240) -> subprocess.CompletedProcess:
+    """Run a command as a user would; fails the test with its output if the exit status is not as expected."""
+    words = [sys.executable if w == "python" else str(w) for w in words]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path} | (env or {})
+    done = subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=environment, timeout=timeout)
+    assert (done.returncode == 0) == ok, (
+        f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    )
+    return done
+
+
+def train(root: Path, *flags, ok: bool = True, launcher=("python",), env=None) -> subprocess.CompletedProcess:
+    """train.py with a tiny network and batch."""
+    return run(*launcher, ROOT / "train.py", "--save-root", root, *TINY, *flags, ok=ok, env=env)
+
+
+def train_here(root: Path, *flags) -> str:
+    """`train` in this process, which spares the start of another; returns what it printed."""
+    return command(cli.train, "--save-root", root, *TINY, *flags)
+
+
+def command(function, *words, ok: bool = True) -> str:
+    """A click command in this process: its output, on both streams."""
+    done = CliRunner().invoke(function, [str(w) for w in words])
+    assert (done.exit_code == 0) == ok and "Traceback" not in done.output, done.output
+    return done.output
+
+
+def refusal(*flags) -> str:
+    """The one sentence with which train.py ends."""
+    return command(cli.train, *flags, ok=False)
+
+
+def care_hub_command(*words, ok: bool = True) -> str:
+    """`care-hub ...` in this process."""
+    return command(cli.main, *words, ok=ok)
+
+
+def eval_linear(encoder, *flags, ok: bool = True) -> dict | str:
+    """eval_linear.py in this process: its result, or the sentence with which it ends."""
+    done = CliRunner().invoke(cli.eval_linear, [str(w) for w in ("--encoder", encoder, *flags)])
+    assert (done.exit_code == 0) == ok and "Traceback" not in done.output, done.output
+    return json.loads(done.stdout.splitlines()[-1]) if ok else done.output
+
+
+def metrics(run_folder: Path) -> list[dict]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def randomized(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every weight and statistic a value of its own, so that nothing is equal by being zero."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, t in module.state_dict().items():
+            if t.is_floating_point():
+                t.copy_(
+                    torch.rand(t.shape, generator=g) + 0.5
+                    if "running_var" in name
+                    else 0.1 * torch.randn(t.shape, generator=g)
+                )
+                if t.ndim == 1 and name.endswith("weight"):
+                    t.add_(1)
+    return module.eval()
+
+
+def stored(server: LoopbackHub, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+    """The files of a repository."""
+    return server.repositories[repo_id].files(revision)[1]
+
+
+def snippets(card: str) -> list[str]:
+    """The Python in a card."""
+    return re.findall(r"```python\n(.*?)```", card, flags=re.S)
+
+
+def visible(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, but for the hidden lock."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def edited(export: Path, change: Callable[[dict], object]) -> dict[str, bytes]:
+    """The export's files with config.json changed, its sums left alone."""
+    content = visible(export)
+    config = json.loads(content["config.json"])
+    change(config)
+    return content | {"config.json": json.dumps(config).encode()}
+
+
+def with_weights(export: Path, name: str, change: Callable[[dict], dict]) -> dict[str, bytes]:
+    """The export's files with one tensor file changed, its sum in config.json made to fit."""
+    data = save(change(load_file(export / name)), metadata={"format": "pt"})
+    checksum = hashlib.sha256(data).hexdigest()
+    return edited(export, lambda config: config["care"]["sha256"].update({name: checksum})) | {name: data}
+
+
+def measured(**attributes: float) -> dict:
+    """Equivariance results, as `care-hub equivariance` records them."""
+    crop = {
+        "rotation_invariance_ratio": [0.5, 0.4, 0.6],
+        "hit_at_1": [31.5, 20, 40],
+        "variance": [0.9, 0.8, 1],
+    }
+    families = {"crop": crop, "grayscale": crop | {"rotation_invariance_ratio": [None, None, None]}}
+    spaces = {"projection": attributes, "backbone": attributes}
+    return {"images": 200, "draws": 2, "families": families, "attributes": spaces}

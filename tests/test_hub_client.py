@@ -1,0 +1,105 @@
+"""What comes back from the Hub is whole, or one sentence without a token. The client is the real one."""
+
+import numpy as np
+import pytest
+from helpers import IMAGES, edited, stored
+from loopback_hub import WRITER
+
+import care_hub
+from care_hub.errors import CareHubError
+from care_hub.hub import client
+from care_hub.hub.client import ask, check_name
+from care_hub.hub.push import push_folder
+
+
+def test_a_hub_that_stays_broken_is_one_sentence(server, export):
+    server.faults = {"/commit/": [503] * 20}
+    with pytest.raises(
+        CareHubError, match=r"the Hub failed for 'lab/tiny' with status 503 .*try again later"
+    ):
+        push_folder(export, "lab/tiny")
+    server.faults = {}
+    push_folder(export, "lab/tiny")
+
+
+@pytest.mark.parametrize("fault", ["cut", 503, 429])
+def test_a_broken_download_is_resumed(fault, server, export, tmp_path):
+    push_folder(export, "lab/tiny")
+    server.faults = {"GET /lab/tiny/resolve": [fault, fault], "/tree/": [fault] if fault != "cut" else []}
+    loaded = care_hub.load_encoder("lab/tiny", cache_dir=tmp_path / "cache")
+    np.testing.assert_allclose(loaded.encode(IMAGES), care_hub.load_encoder(export).encode(IMAGES), atol=1e-6)
+    assert not server.faults["GET /lab/tiny/resolve"]
+
+
+def test_a_download_that_never_ends_well_leaves_no_model(server, export, tmp_path):
+    push_folder(export, "lab/tiny")
+    server.faults = {"GET /lab/tiny/resolve": [500] * 100}
+    with pytest.raises(CareHubError, match="lab/tiny"):
+        care_hub.load_encoder("lab/tiny", cache_dir=tmp_path / "cache")
+    server.faults = {}
+    with pytest.raises(CareHubError, match="not whole in the cache"):
+        care_hub.load_encoder("lab/tiny", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert care_hub.load_encoder("lab/tiny", cache_dir=tmp_path / "cache")
+
+
+def test_an_unreachable_hub_is_one_sentence(export, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(client, "RETRY_SECONDS", (0,))
+    with pytest.raises(CareHubError, match="can't be reached"):
+        care_hub.load_encoder("lab/tiny", cache_dir=tmp_path / "cache")
+    with pytest.raises(CareHubError, match="try again later"):
+        push_folder(export, "lab/tiny", token=WRITER)
+
+
+def test_file_names_can_not_leave_the_cache(server, export, tmp_path):
+    names = [
+        "../../escaped.safetensors",
+        "linear_head.x/../../../../escaped.safetensors",
+        "linear_head./etc/x.safetensors",
+    ]
+    server.put("lab/evil", edited(export, lambda config: None) | dict.fromkeys(names, b"x"))
+    cache = tmp_path / "deep" / "cache"
+    care_hub.load_encoder("lab/evil", cache_dir=cache)
+    assert [p for p in tmp_path.rglob("*escaped*")] == [] and not (cache / "etc").exists()
+    snapshot = next(cache.rglob("config.json")).parent
+    expected = {
+        "config.json",
+        "model.safetensors",
+        "projection.safetensors",
+        "linear_head.shapes.safetensors",
+    }
+    assert {p.name for p in snapshot.iterdir()} == expected
+
+
+def test_tokens_appear_nowhere(server, export):
+    server.faults = {"repos/create": [403]}
+
+    def leak():
+        raise ValueError(f"Bearer {WRITER} was refused")
+
+    with pytest.raises(CareHubError, match="may not write") as refused:
+        push_folder(export, "lab/tiny", token=WRITER)
+    with pytest.raises(CareHubError, match=r"Bearer \*\*\* was refused") as leaked:
+        ask(leak, "lab/tiny", WRITER)
+    assert WRITER not in f"{refused.value}{leaked.value}"
+    push_folder(export, "lab/tiny", token=WRITER)
+    assert all(WRITER.encode() not in content for content in stored(server, "lab/tiny").values())
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "lab/..", "lab/a b", "/x"])
+def test_names_that_no_repository_can_have_are_refused(name):
+    with pytest.raises(CareHubError, match=f"'{name}' is not a name for a Hub repository"):
+        check_name(name)
+
+
+def test_waits_between_attempts_and_gives_up(monkeypatch):
+    pauses, calls = [], []
+    monkeypatch.setattr(client.time, "sleep", pauses.append)
+
+    def fail():
+        calls.append(1)
+        raise ConnectionError("reset")
+
+    with pytest.raises(CareHubError, match=r"the Hub failed for 'lab/x' \(reset\); try again later"):
+        ask(fail, "lab/x", None)
+    assert pauses == [1, 3] and len(calls) == 3

@@ -1,0 +1,182 @@
+"""The export folder: written whole or not at all, and nothing in it is believed."""
+
+import json
+import re
+
+import pytest
+import torch
+from helpers import ROOT, edited, visible, with_weights
+from safetensors.torch import save
+
+import care_hub
+from care_hub.config import ProjectionConfig
+from care_hub.errors import CareHubError
+from care_hub.hub.export import (
+    check_sums,
+    export_folder,
+    projection_of,
+    read_config,
+    read_tensors,
+    write_tensors,
+    write_text,
+)
+
+
+def care(**values):
+    """Change entries of the `care` object."""
+    return lambda config: config["care"].update(values)
+
+
+def in_both(**values):
+    """Change entries of the `care` object and, alike, of timm's part."""
+    return lambda config: [config[part].update(values) for part in ("care", "pretrained_cfg")]
+
+
+def unchanged(config):
+    """As it is."""
+
+
+NO_CONFIG = "not a care_hub configuration"
+HOSTILE = {
+    "pickled weights only": (
+        lambda e: {"config.json": (e / "config.json").read_bytes(), "pytorch_model.bin": b"\x80\x02"},
+        "contains no care_hub encoder",
+    ),
+    "absurd image size": (lambda e: edited(e, care(image_size=10**6)), NO_CONFIG),
+    "a crop that asks for a huge image": (lambda e: edited(e, in_both(crop_pct=1e-6)), NO_CONFIG),
+    "division by nothing": (lambda e: edited(e, in_both(std=[0, 0, 0])), NO_CONFIG),
+    "two means and four deviations": (lambda e: edited(e, in_both(mean=[0, 0], std=[1] * 4)), NO_CONFIG),
+    "a mean that is no number": (lambda e: edited(e, in_both(mean=[0, 0, "0"])), NO_CONFIG),
+    "absurd head": (
+        lambda e: edited(e, lambda c: c["care"]["projection"].update(hidden=10**12)),
+        "disagree on the head",
+    ),
+    "a head of another form": (lambda e: edited(e, care(projection={"hidden": 7})), NO_CONFIG),
+    "results that are no numbers": (lambda e: edited(e, care(results={"knn_top1": "<b>"})), NO_CONFIG),
+    "settings that are a list": (lambda e: edited(e, care(training=["lr"])), NO_CONFIG),
+    "a weight in words": (lambda e: edited(e, care(weight="much")), NO_CONFIG),
+    "another architecture": (
+        lambda e: edited(e, lambda c: c.update(architecture="resnet50")),
+        "contradicts itself",
+    ),
+    "other timm arguments": (
+        lambda e: edited(e, lambda c: c["model_args"].update(channels=[10**6] * 4)),
+        "contradicts itself",
+    ),
+    "unknown model": (lambda e: edited(e, care(model="hf-hub:evil/x")), "there is no model 'hf-hub:evil/x'"),
+    "other weights": (lambda e: visible(e) | {"model.safetensors": save({"a": torch.ones(1)})}, "sha256"),
+    "weights cut short": (lambda e: visible(e) | {"projection.safetensors": b"\x08\x00"}, "sha256"),
+    "no sums, weights cut short": (
+        lambda e: (
+            edited(e, lambda c: c["care"].pop("sha256"))
+            | {"model.safetensors": (e / "model.safetensors").read_bytes()[:5000]}
+        ),
+        "not a complete safetensors file",
+    ),
+    "tensors of another shape": (
+        lambda e: with_weights(
+            e, "model.safetensors", lambda t: t | {"layer1.0.conv1.weight": torch.ones(1, 1, 3, 3)}
+        ),
+        "should be",
+    ),
+    "a tensor missing": (
+        lambda e: with_weights(
+            e, "model.safetensors", lambda t: {k: v for k, v in t.items() if k != "bn1.bias"}
+        ),
+        "bn1.bias should be",
+    ),
+    "not a number": (
+        lambda e: with_weights(
+            e, "model.safetensors", lambda t: t | {"bn1.bias": t["bn1.bias"] * float("nan")}
+        ),
+        "not finite",
+    ),
+    "HTML instead of JSON": (
+        lambda e: edited(e, unchanged) | {"config.json": b"<html>busy</html>"},
+        NO_CONFIG,
+    ),
+    "a number instead of an object": (lambda e: edited(e, unchanged) | {"config.json": b"7"}, NO_CONFIG),
+    "a list instead of `care`": (lambda e: edited(e, lambda c: c.update(care=[1])), NO_CONFIG),
+    "endless configuration": (lambda e: edited(e, lambda c: c.update(x="x" * (2 << 20))), NO_CONFIG),
+    "deep configuration": (lambda e: edited(e, unchanged) | {"config.json": b"[" * 500_000}, NO_CONFIG),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_repository_is_refused(kind, server, export, tmp_path):
+    make, sentence = HOSTILE[kind]
+    server.put("lab/evil", make(export))
+    with pytest.raises(CareHubError, match=re.escape(sentence)):
+        care_hub.load_encoder("lab/evil", cache_dir=tmp_path / "cache")
+
+
+def test_the_load_path_can_not_unpickle():
+    """No torch.load, pickle or strict=False anywhere but in the converter of foreign checkpoints."""
+    for path in (ROOT / "care_hub").rglob("*.py"):
+        text = re.sub(r"\bzip\(.*, strict=False\)", "", path.read_text())
+        assert "strict=False" not in text and "allow_pickle=True" not in text
+        if path.name != "convert.py":
+            harmless = r"unpickled|Pickled weights|allow_pickle=False"
+            assert "torch.load" not in text and "pickle" not in re.sub(harmless, "", text), path
+
+
+def test_a_run_folder_stands_for_the_export_in_it(export, tmp_path):
+    assert export_folder(export) == export_folder(tmp_path) == export
+    with pytest.raises(CareHubError, match="not an export folder or a run folder with one"):
+        export_folder(tmp_path / "elsewhere")
+
+
+def test_the_configuration_comes_with_the_json_around_it(export):
+    config, whole = read_config(export)
+    assert (config.model, config.mean, config.weight) == ("resnet10_w16_small", (0.5, 0.5, 0.5), 0.3)
+    assert config.projection == ProjectionConfig(128, 32, 16, norm=True)
+    assert config.projection == projection_of(read_tensors(export / "projection.safetensors"))
+    assert whole["architecture"] == "resnet18" and whole["care"] == config.to_json()
+
+
+def test_former_names_of_options_are_understood(export):
+    old = edited(export, care(training={"greyscale": 0.1, "blur_taps": 3, "lr": 0.2}))
+    (export / "config.json").write_bytes(old["config.json"])
+    config, _ = read_config(export)
+    assert config.training == {"grayscale": 0.1, "blur_kernel_size": 3, "lr": 0.2}
+
+
+def test_weights_of_something_else_are_no_projection_head():
+    assert projection_of({"0.weight": torch.ones(2, 3)}) is None
+    assert projection_of({"0.weight": torch.ones(2, 3), "2.weight": torch.ones(4, 2, 1)}) is None
+    assert projection_of({"0.weight": torch.ones(2, 3), "2.weight": torch.ones(4, 2)}).norm is False
+
+
+def test_a_damaged_file_is_told_from_a_missing_one(export):
+    sums = read_config(export)[0].sha256
+    check_sums(export, sums | {"absent.safetensors": "0"})
+    with pytest.raises(CareHubError, match=r"absent.safetensors' is missing; the export is incomplete"):
+        read_tensors(export / "absent.safetensors")
+    with open(export / "projection.safetensors", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(CareHubError, match=r"projection.safetensors' is damaged"):
+        check_sums(export, sums)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    text, tensors = tmp_path / "README.md", tmp_path / "model.safetensors"
+    write_text(text, "old, with an ö")
+    write_tensors(tensors, {"a": torch.ones(2)}, {"by": "a test"})
+    with pytest.raises(UnicodeEncodeError):
+        write_text(text, "x" * 100_000 + "\ud800")
+    with pytest.raises(ValueError, match="non contiguous"):
+        write_tensors(tensors, {"a": torch.ones(2, 3).T})
+    assert text.read_text(encoding="utf-8") == "old, with an ö"
+    assert torch.equal(read_tensors(tensors)["a"], torch.ones(2))
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "model.safetensors"}
+
+
+def test_what_is_written_into_a_cache_replaces_links_and_not_what_they_point_to(tmp_path):
+    (tmp_path / "blob").write_text("shared")
+    (tmp_path / "README.md").symlink_to(tmp_path / "blob")
+    write_text(tmp_path / "README.md", "mine")
+    assert (tmp_path / "blob").read_text() == "shared" and (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_config_json_is_indented_for_readers(export):
+    assert (export / "config.json").read_text() == json.dumps(read_config(export)[1], indent=2) + "\n"

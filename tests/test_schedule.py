@@ -1,0 +1,27 @@
+"""Learning rate and lambda at every step, and what follows from options and data."""
+
+import pytest
+
+from care_hub.config import TrainConfig
+from care_hub.errors import CareHubError
+from care_hub.schedule import Plan, lr_at, weight_at
+
+
+def test_learning_rate_schedule():
+    rates = [lr_at(s, 100, 10, 1.0, "cosine") for s in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1
+    assert rates[55] == pytest.approx(0.5) and rates[99] < 0.001
+    assert lr_at(99, 100, 0, 0.3, "constant") == 0.3
+
+
+def test_lambda_grows_and_then_stays():
+    assert [weight_at(s, 4, 2.0) for s in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert weight_at(0, 0, 0.3) == 0.3
+
+
+def test_a_plan_counts_optimizer_steps():
+    config = TrainConfig(batch_size=16, gradient_accumulation=2, epochs=3, max_steps=5, warmup_epochs=0.5)
+    plan = Plan.of(config, 100)
+    assert (plan.steps_per_epoch, plan.steps, plan.stop, plan.warmup) == (3, 9, 5, 2)
+    with pytest.raises(CareHubError, match="31 training images are fewer than the 32"):
+        Plan.of(config, 31)

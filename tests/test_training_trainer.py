@@ -1,0 +1,265 @@
+"""train.py: what it writes, what it survives, and what it refuses."""
+
+import json
+import logging
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT, TINY, command, metrics, refusal, train, train_here
+from PIL import Image
+from safetensors.torch import load_file
+
+import care_hub
+from care_hub import cli
+from care_hub.config import TrainConfig
+from care_hub.encoder import Encoder
+from care_hub.errors import CareHubError
+from care_hub.training.checkpoint import load_checkpoint
+from care_hub.training.trainer import make_optimizer
+
+
+def test_a_run_leaves_all_that_was_promised(tiny_run):
+    rows = [r for r in metrics(tiny_run) if "loss" in r]
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    for r in rows:
+        assert {"epoch", "infonce", "equivariance", "lr", "images_per_second"} <= r.keys()
+        assert r["loss"] == pytest.approx(r["infonce"] + r["weight"] * r["equivariance"], rel=1e-4)
+        assert r["equivariance"] > 0
+    results = json.loads((tiny_run / "results.json").read_text())
+    geometry = {"rotation_error", "invariance_error", "rotation_invariance_ratio", "gram_deviation"}
+    assert {"knn_top1", "knn_color_top1", *geometry} <= results.keys()
+    assert 5 < results["knn_top1"] < 100 and 0 < results["rotation_invariance_ratio"] < 1.2
+    assert results["training_seconds"] > 0 and results["images_per_second"] > 0
+    resolved = yaml.safe_load((tiny_run / "config.yaml").read_text())
+    assert TrainConfig(**resolved).batch_size == 16
+    care = json.loads((tiny_run / "export" / "config.json").read_text())["care"]
+    assert care["method"] == "CARE-simclr" and care["dataset"] == "shapes"
+    assert care["training"]["equiv_splits"] == 4
+    assert Image.open(tiny_run / "export" / "neighbors.png").size[0] > 600
+    assert not [p for p in tiny_run.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl")]
+    assert care_hub.load_encoder(tiny_run).encode(torch.zeros(2, 3, 32, 32)).shape == (2, 16)
+
+
+def test_lambda_grows_in_a_run(tiny_run):
+    weights = [r["weight"] for r in metrics(tiny_run) if "loss" in r]
+    step = TrainConfig.weight / (TrainConfig.weight_warmup_epochs * (5000 // 16))
+    assert weights == pytest.approx([step * k for k in range(1, 7)])
+
+
+def test_training_from_python_prints_nothing_and_leaves_the_random_state_and_warnings_alone(
+    photos, tmp_path, capsys, caplog, recwarn
+):
+    options = {
+        "dataset_name": "imagefolder",
+        "data_root": str(photos),
+        "image_size": 32,
+        "save_root": str(tmp_path),
+    }
+    config = TrainConfig(
+        **options, batch_size=16, equiv_splits=4, max_steps=1, run_name="r", mixed_precision="no"
+    )
+    torch.manual_seed(1)
+    state, filters = torch.get_rng_state(), list(__import__("warnings").filters)
+    with caplog.at_level(logging.INFO, "care_hub"):
+        assert care_hub.train(config)["images_per_second"] > 0
+    assert torch.equal(torch.get_rng_state(), state) and __import__("warnings").filters == filters
+    assert capsys.readouterr().out == "" and "Trained CARE-simclr on imagefolder" in caplog.text
+
+
+def test_the_final_screen_names_the_baseline_of_this_very_run(photos, tmp_path):
+    flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32")
+    screen = train_here(tmp_path, *flags, "--temperature", "0.3", "--run-name", "a b", "--max-steps", "1")
+    (line,) = (line for line in screen.splitlines() if "--weight 0" in line)
+    words = shlex.split(line, comments=True)
+    assert words[:3] == ["accelerate", "launch", "train.py"]
+    command(cli.train, *words[3:])
+    care, plain = (
+        yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in ("a b", "a b-plain")
+    )
+    assert {k for k in care if care[k] != plain[k]} == {"weight", "run_name"} and plain["weight"] == 0
+    comparison = next(line for line in screen.splitlines() if "care-hub equivariance" in line)
+    assert f"--data-root {photos}" in comparison
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars"])
+def test_optimizers_step_as_their_plain_forms_do(name):
+    config = TrainConfig(model="resnet10_w16_small", optimizer=name, lr=0.01)
+    encoders, views = [], torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    for plain in (False, True):
+        torch.manual_seed(0)
+        encoder = Encoder.new(config.model).double().train()
+        optimizer = make_optimizer(config, encoder)
+        assert name == "lars" or optimizer.param_groups[0]["fused"]
+        for group in optimizer.param_groups:
+            group["fused"] = not plain and group.get("fused")
+        for _ in range(3):
+            encoder(views).square().sum(dim=0)[:64].sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        encoders.append(encoder.state_dict())
+    for key, value in encoders[0].items():
+        assert torch.allclose(value, encoders[1][key], rtol=1e-6, atol=1e-8), key
+
+
+@pytest.mark.launches
+def test_killed_at_any_moment_a_resumed_run_equals_one_that_was_never_stopped(tmp_path):
+    flags = ("--max-steps", "8", "--checkpoint-every", "2", "--epochs", "2")
+    train_here(tmp_path, *flags, "--run-name", "whole")
+    words = [
+        sys.executable,
+        ROOT / "train.py",
+        "--save-root",
+        tmp_path,
+        *TINY,
+        *flags,
+        "--run-name",
+        "killed",
+    ]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([str(w) for w in words], **quiet)
+    killed = tmp_path / "killed"
+    while not list(killed.glob("checkpoints/step-*")) and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "lo')  # what a crash in mid-write leaves
+    (killed / "checkpoints" / ".writing-1").mkdir()
+    train_here(tmp_path, "--run-name", "killed", "--resume")
+    for name in ("model.safetensors", "projection.safetensors"):
+        whole = (tmp_path / "whole" / "export" / name).read_bytes()
+        assert (killed / "export" / name).read_bytes() == whole
+    losses = [[r["loss"] for r in metrics(tmp_path / name)] for name in ("whole", "killed")]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+    checkpoints = sorted(p.name for p in (killed / "checkpoints").glob("step-*"))
+    assert checkpoints == ["step-00000006", "step-00000008"]
+    shutil.rmtree(killed / "checkpoints" / "step-00000006")
+    half = killed / "checkpoints" / "step-00000008" / "model.safetensors"
+    half.write_bytes(half.read_bytes()[:1000])
+    with pytest.raises(CareHubError, match="step-00000008' is damaged"):
+        load_checkpoint(killed / "checkpoints")
+
+
+@pytest.mark.launches
+def test_an_interrupted_run_saves_its_last_step(tmp_path):
+    words = [sys.executable, ROOT / "train.py", "--save-root", tmp_path, *TINY, "--run-name", "stopped"]
+    process = subprocess.Popen(
+        [*map(str, words), "--checkpoint-every", "100"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    file = tmp_path / "stopped" / "metrics.jsonl"
+    while not (file.is_file() and file.read_text()) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "resume it with --resume --run-name stopped" in error
+    assert "Traceback" not in error
+    step = metrics(tmp_path / "stopped")[-1]["step"]
+    assert (tmp_path / "stopped" / "checkpoints" / f"step-{step:08d}").is_dir()
+
+
+def test_gradient_accumulation_averages_micro_batches(tmp_path):
+    printed = train_here(tmp_path, "--max-steps", "2", "--gradient-accumulation", "3", "--run-name", "a")
+    assert "average of 3 independent micro-batches" in printed and len(metrics(tmp_path / "a")) == 2
+
+
+def test_class_folders_with_a_broken_image(photos, tmp_path):
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    Image.open(root / "train/warm/00.png").convert("L").save(root / "train/warm/gray.png")
+    Image.open(root / "train/warm/01.png").convert("RGBA").save(root / "train/warm/alpha.png")
+    Image.open(root / "train/warm/02.png").convert("CMYK").save(root / "train/warm/press.jpg")
+    broken = root / "train/cold/broken.jpg"
+    Image.open(root / "train/cold/00.png").resize((400, 400)).save(broken)
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    flags = ("--dataset-name", "imagefolder", "--data-root", root, "--image-size", "32", "--max-steps", "2")
+    error = refusal("--save-root", tmp_path, *TINY, *flags, "--run-name", "a")
+    assert "broken.jpg" in error and "--skip-broken-images" in error
+    printed = train_here(tmp_path, *flags, "--run-name", "b", "--skip-broken-images")
+    assert "skipped 1 broken images" in printed and "broken.jpg" in printed and "51 images" in printed
+
+
+def test_real_cifar10_trains(shared, tmp_path):
+    root = shared("data/cifar10")
+    flags = ("--dataset-name", "cifar10", "--data-root", root, "--max-steps", "2", "--run-name", "c")
+    assert "50,000 images at 32 px" in train_here(tmp_path, *flags)
+    care = json.loads((tmp_path / "c" / "export" / "config.json").read_text())["care"]
+    assert care["mean"] == [0.4914, 0.4822, 0.4465]
+
+
+@pytest.mark.launches
+def test_accelerate_launch_uses_all_cores(tmp_path):
+    done = train(tmp_path, "--dry-run", launcher=("python", "-m", "accelerate.commands.launch"))
+    assert f"CPU, {torch.get_num_threads()} threads" in done.stdout or "cuda" in done.stdout.lower()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--dataset-name", "cifra10"], "did you mean 'cifar10'"),
+        (["--dataset-name", "cifar10", "--data-root", "/nowhere"], "'/nowhere' is not a folder"),
+        (["--dataset-name", "imagefolder"], "needs --data-root"),
+        (["--batch-size", "100", "--equiv-splits", "16"], "--equiv-splits 16 equal groups"),
+        (["--batch-size", "64", "--equivariant-batch-size", "24"], "nearest that does is 16"),
+        (["--batch-size", "6000", "--weight", "0"], "fewer than the 6000"),
+        (["--epochs", "0"], "--epochs must be positive"),
+        (["--model", "resnet18_cifer"], "did you mean 'resnet18_cifar'"),
+        (
+            ["--weight", "0", "--loss-subtype", "none"],
+            "--loss-subtype none with --weight 0 leaves no loss at all",
+        ),
+        (["--resume"], "--resume needs --run-name"),
+        (["--resume", "--run-name", "absent"], "no run to resume"),
+        (["--config", "absent.yaml"], "can't be read"),
+        (["--mixed-precision", "fp61"], "fp16"),
+    ],
+)
+def test_what_a_user_gets_wrong_ends_in_one_sentence(flags, sentence, tmp_path):
+    assert sentence in refusal(*flags, "--save-root", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_run_is_not_overwritten_and_resume_changes_nothing(tiny_run):
+    place = ("--save-root", tiny_run.parent, "--run-name", "tiny")
+    before = (tiny_run / "results.json").read_bytes()
+    assert "exists; choose another --run-name" in refusal(*place, *TINY, "--max-steps", "6")
+    assert "--lr was 0.2 in this run" in refusal(*place, "--resume", "--lr", "0.5")
+    assert (tiny_run / "results.json").read_bytes() == before
+
+
+def test_runs_without_a_name_get_the_first_free_number(photos, tmp_path):
+    flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32", "--max-steps", "1")
+    for _ in range(2):
+        train_here(tmp_path, *flags)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["imagefolder-simclr-1", "imagefolder-simclr-2"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "tiny")
+    config = tmp_path / "tiny" / "config.yaml"
+    config.write_text(config.read_text().replace("projection_dim: 16", "projection_dim: 8"))
+    refused = refusal("--save-root", tmp_path, "--run-name", "tiny", "--resume")
+    assert "does not fit its architecture" in refused
+
+
+def test_export_holds_what_the_checkpoint_holds(tiny_run):
+    stored = load_file(tiny_run / "checkpoints" / "step-00000006" / "model.safetensors")
+    encoder = care_hub.Encoder.from_pretrained(tiny_run)
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, stored[f"encoder.{name}"])
+
+
+def test_tensorboard_tracker(tmp_path):
+    pytest.importorskip("tensorboard")
+    train_here(tmp_path, "--max-steps", "2", "--log-with", "tensorboard", "--run-name", "t")
+    assert list((tmp_path / "t").rglob("events.out.tfevents*"))
