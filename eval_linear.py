@@ -1,4 +1,4 @@
-"""Linear probe of a frozen encoder: `python eval_linear.py --encoder runs/shapes-simclr-1 --dataset-name shapes`."""
+"""Linear probe: `python eval_linear.py --encoder runs/shapes-simclr-1 --dataset-name shapes`."""
 
 from care_hub.cli import eval_linear
 

@@ -1,4 +1,4 @@
-"""CARE against its λ = 0 twin, as tables in README and numbers in results/<recipe>.json.
+"""CARE against its λ = 0 twin, as tables in docs/results.md and numbers in results/<recipe>.json.
 
     python benchmarks/paper_table.py                                         # shapes, three seeds
     python benchmarks/paper_table.py --recipe cifar10_small --seed 0 --seed 1 --data-root CIFAR10
@@ -193,13 +193,13 @@ def cells(row: Row, values: list[list[float]]) -> list[str]:
     return texts
 
 
-def write_readme() -> None:
-    """Put the tables of all results/*.json between README's two markers."""
-    readme, files = ROOT / "README.md", sorted((ROOT / "results").glob("*.json"), reverse=True)
+def write_tables() -> None:
+    """Put the tables of all results/*.json between the two markers of docs/results.md."""
+    page, files = ROOT / "docs" / "results.md", sorted((ROOT / "results").glob("*.json"), reverse=True)
     tables = "\n\n".join(table(json.loads(file.read_text())) for file in files)
-    text = readme.read_text()
+    text = page.read_text()
     start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
-    readme.write_text(f"{text[:start]}\n{tables}\n{text[stop:]}")
+    page.write_text(f"{text[:start]}\n{tables}\n{text[stop:]}")
 
 
 @click.command()
@@ -226,7 +226,7 @@ def main(
     output = ROOT / "results" / f"{recipe}.json"
     output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    write_readme()
+    write_tables()
     click.echo(table(summary))
 
 

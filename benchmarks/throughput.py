@@ -30,7 +30,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from care_hub import augment, losses
 from care_hub.config import TrainConfig
-from care_hub.distributed import use_all_cores
 from care_hub.encoder import Encoder
 from care_hub.training import trainer
 from care_hub.training.batches import make_views
@@ -331,7 +330,6 @@ def main(
     output: Path | None,
 ) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    threads = use_all_cores()
     machine = Machine(device, trainer.precision(precision), compiled)
     common = TrainConfig(
         model=model, batch_size=batch, equiv_splits=groups, optimizer=optimizer, weight=0.3, image_size=size
@@ -345,7 +343,7 @@ def main(
         "groups": groups,
         "precision": machine.precision,
         "compiled": compiled,
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "matrix_peak_tflops": peak / 1e12,
         "cases": summarize(rows, batch, network_flops(model, size) / peak),

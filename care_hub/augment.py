@@ -9,7 +9,7 @@ functional one (to 2e-6 in float32).
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -57,17 +57,16 @@ class AugmentationParams:
 
     def rows(self, index: Tensor | slice) -> "AugmentationParams":
         """The rows at `index`, in its order."""
-        return AugmentationParams(*(getattr(self, field.name)[index] for field in fields(self)))
+        return AugmentationParams(*(values[index] for values in vars(self).values()))
 
     def repeat(self, times: int) -> "AugmentationParams":
         """Each row `times` times in succession: one augmentation for a group of consecutive images."""
-        repeated = (getattr(self, field.name).repeat_interleave(times, dim=0) for field in fields(self))
-        return AugmentationParams(*repeated)
+        return self.rows(torch.arange(len(self)).repeat_interleave(times))
 
     @classmethod
     def cat(cls, parts: Sequence["AugmentationParams"]) -> "AugmentationParams":
         """The rows of all `parts`, one after the other."""
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+        return cls(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 def seeded_generator(seed: int, *path: object) -> torch.Generator:
@@ -76,8 +75,7 @@ def seeded_generator(seed: int, *path: object) -> torch.Generator:
     >>> torch.rand(1, generator=seeded_generator(0, "views", 7))
     tensor([0.3411])
     """
-    name = "/".join(map(str, (seed, *path)))
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("/".join(map(str, (seed, *path))).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
@@ -117,8 +115,8 @@ def sample_crop_box(
     >>> sample_crop_box(AugmentationConfig(scale=(1, 1), ratio=(1, 1)), 20, 50, seeded_generator(0))
     (0, 15, 20, 20)
     """
-    top, left, crop_height, crop_width = _sample_crop_boxes(config, 1, height, width, generator)[0].tolist()
-    return top, left, crop_height, crop_width
+    top, left, h, w = _sample_crop_boxes(config, 1, height, width, generator)[0].tolist()
+    return top, left, h, w
 
 
 def _sample_crop_boxes(
@@ -130,15 +128,13 @@ def _sample_crop_boxes(
         return torch.rand(n, CROP_TRIES, generator=generator) * (high - low) + low
 
     area = height * width * uniform(*config.scale)
-    ratio = torch.exp(uniform(*map(math.log, config.ratio)))
+    ratio = uniform(*map(math.log, config.ratio)).exp()
     w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     none_fits, first = ~fits.any(dim=1), fits.int().argmax(dim=1, keepdim=True)
-    central_w = min(width, round(height * config.ratio[1]))
-    central_h = min(height, round(width / config.ratio[0]))
-    w = w.gather(1, first).squeeze(1).masked_fill(none_fits, central_w)
-    h = h.gather(1, first).squeeze(1).masked_fill(none_fits, central_h)
-    u, v = torch.rand(n, generator=generator), torch.rand(n, generator=generator)
+    w = w.gather(1, first)[:, 0].masked_fill(none_fits, min(width, round(height * config.ratio[1])))
+    h = h.gather(1, first)[:, 0].masked_fill(none_fits, min(height, round(width / config.ratio[0])))
+    u, v = torch.rand(2, n, generator=generator)
     top = torch.where(none_fits, (height - h) // 2, ((height - h + 1) * u).long())
     left = torch.where(none_fits, (width - w) // 2, ((width - w + 1) * v).long())
     return torch.stack([top, left, h, w], dim=1)
@@ -173,8 +169,8 @@ def two_views(
     mine = slice(rank * len(images), (rank + 1) * len(images))
 
     def sample_view(view: int) -> AugmentationParams:
-        shared = sample(config, draws, height, width, seeded_generator(seed, stream, step, view))
-        shared = shared.repeat(total // stride // draws)
+        generator = seeded_generator(seed, stream, step, view)
+        shared = sample(config, draws, height, width, generator).repeat(total // stride // draws)
         if stride == 1:
             return shared
         own = sample(config, total, height, width, seeded_generator(seed, stream, "own", step, view))
@@ -205,6 +201,11 @@ def apply(images: Tensor, params: AugmentationParams, config: AugmentationConfig
     return normalize(x, config.mean, config.std)
 
 
+def _beside(x: Tensor, value: Tensor) -> Tensor:
+    """`value` on the device of `x`; the CPU does not wait for the copy."""
+    return value.to(x.device, non_blocking=True)
+
+
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x - mean) / std of (..., 3, H, W), by channel.
 
@@ -213,7 +214,7 @@ def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """
     scale = 1 / torch.tensor(std, dtype=torch.float64)
     shift = -torch.tensor(mean, dtype=torch.float64) * scale
-    scale, shift = (v.to(x.dtype).to(x.device, non_blocking=True).view(3, 1, 1) for v in (scale, shift))
+    scale, shift = (_beside(x, v.to(x.dtype)).view(3, 1, 1) for v in (scale, shift))
     return (x * scale).add_(shift)
 
 
@@ -239,29 +240,30 @@ def crop(x: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
             [0.6000, 0.4000]])
     """
     if x.shape[2:] == (size, size) and (box == torch.tensor([0, 0, size, size])).all():
-        mirrored = flip.to(x.device, non_blocking=True)[:, None, None, None]
+        mirrored = _beside(x, flip)[:, None, None, None]
         return torch.where(mirrored, x.flip(3), x)
-    rows = _resize_matrix(box[:, 0], box[:, 2], x.shape[2], size, torch.zeros_like(flip), x.dtype)
-    columns = _resize_matrix(box[:, 1], box[:, 3], x.shape[3], size, flip, x.dtype)
-    rows, columns = (m.to(x.device, non_blocking=True) for m in (rows, columns))
-    all_rows = x.flatten(1, 2)  # the rows of all channels in one product
-    x = torch.bmm(all_rows, columns.transpose(1, 2)).unflatten(1, x.shape[1:3])
+    top, left, height, width = box.T[..., None]
+    rows = _resize_matrix(x, x.shape[2], top, height, size, torch.zeros_like(flip))
+    columns = _resize_matrix(x, x.shape[3], left, width, size, flip)
+    # The rows of all channels in one product.
+    x = (x.flatten(1, 2) @ columns.mT).unflatten(1, x.shape[1:3])
     return (rows[:, None] @ x).clamp_(0, 1)
 
 
-def _resize_matrix(
-    start: Tensor, length: Tensor, full: int, size: int, flip: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """(B, size, full) weights of an antialiased (triangle filter) resize of `length` pixels from `start`."""
+def _resize_matrix(x: Tensor, full: int, start: Tensor, length: Tensor, size: int, flip: Tensor) -> Tensor:
+    """(B, size, full) weights of an antialiased (triangle filter) resize of `length` pixels from `start`.
+
+    `start` and `length` are (B, 1); dtype and device are those of `x`.
+    """
     scale = length.double() / size
     position = torch.arange(size, dtype=torch.float64) + 0.5
-    center = torch.where(flip[:, None], size - position, position) * scale[:, None]
-    pixel = torch.arange(full) - start[:, None]
-    inside = (pixel >= 0) & (pixel < length[:, None])
-    distance = ((pixel + 0.5).to(dtype)[:, None, :] - center.to(dtype)[:, :, None]).abs_()
-    slope = (-1 / scale.clamp(min=1)).to(dtype)[:, None, None]
+    center = torch.where(flip[:, None], size - position, position) * scale
+    pixel = torch.arange(full) - start
+    inside = (pixel >= 0) & (pixel < length)
+    distance = ((pixel + 0.5).to(x.dtype)[:, None, :] - center.to(x.dtype)[:, :, None]).abs_()
+    slope = (-1 / scale.clamp(min=1)).to(x.dtype)[:, None]
     weight = distance.mul_(slope).add_(1).clamp_(min=0).mul_(inside[:, None])
-    return weight.mul_(1 / weight.sum(dim=2, keepdim=True))
+    return _beside(x, weight.mul_(1 / weight.sum(dim=2, keepdim=True)))
 
 
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
@@ -274,14 +276,13 @@ def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     tensor([[0.2500, 0.2500, 0.2500],
             [0.5000, 0.5000, 0.5000]])
     """
-    operations = (_brightness, _contrast, _saturation, _hue)
     x, factors = x.clone(), factors.to(x.dtype)
     for turn in order.T:
-        for k, operation in enumerate(operations):
-            index = (turn == k).nonzero().squeeze(1)
+        for k, operation in enumerate((_brightness, _contrast, _saturation, _hue)):
+            index = (turn == k).nonzero()[:, 0]
             if len(index):
-                factor = factors[index, k].to(x.device, non_blocking=True).view(-1, 1, 1, 1)
-                index = index.to(x.device, non_blocking=True)
+                factor = _beside(x, factors[index, k]).view(-1, 1, 1, 1)
+                index = _beside(x, index)
                 x.index_copy_(0, index, operation(x.index_select(0, index), factor))
     return x
 
@@ -312,7 +313,7 @@ def _hue(x: Tensor, turns: Tensor) -> Tensor:
     hue = hue.addcdiv_(middle - low, chroma.clamp(min=1e-12), value=1 / 6).abs_().add_(turns.squeeze(3))
     # 5/6, 3/6 and 1/6 in the source; a turn more, so that nothing is negative.
     offsets = torch.tensor((11 / 6, 9 / 6, 7 / 6), dtype=x.dtype).view(3, 1, 1)
-    k = (hue[:, None] + offsets.to(x.device, non_blocking=True)).frac_().mul_(6)
+    k = (hue[:, None] + _beside(x, offsets)).frac_().mul_(6)
     return torch.addcmul(value[:, None], chroma[:, None], torch.minimum(k, 4 - k).clamp_(0, 1), value=-1)
 
 
@@ -333,9 +334,7 @@ def grayscale(x: Tensor, which: Tensor) -> Tensor:
     tensor([[0.5870, 0.5870, 0.5870],
             [0.0000, 1.0000, 0.0000]])
     """
-    index = which.nonzero().squeeze(1).to(x.device, non_blocking=True)
-    if not len(index):
-        return x
+    index = _beside(x, which.nonzero()[:, 0])
     return x.index_copy(0, index, luma(x[index]).expand(-1, 3, -1, -1))
 
 
@@ -349,14 +348,13 @@ def blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     >>> blur(x, torch.tensor([1.0]), kernel_size=3)[0, 0, 2]
     tensor([0.0000, 0.1238, 0.2042, 0.1238, 0.0000])
     """
-    index = (sigma > 0).nonzero().squeeze(1)
+    index = (sigma > 0).nonzero()[:, 0]
     if not len(index):
         return x
     reach = kernel_size // 2
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma[index, None]).square())
-    weights = weights / weights.sum(dim=1, keepdim=True)
-    weights = weights.to(x.device, x.dtype, non_blocking=True)[:, :, None, None, None]
-    index = index.to(x.device, non_blocking=True)
+    weights = (weights / weights.sum(dim=1, keepdim=True))[:, :, None, None, None]
+    weights, index = _beside(x, weights.to(x.dtype)), _beside(x, index)
     y = F.pad(x[index], (reach,) * 4, mode="reflect")
     for axis in (2, 3):  # a Gaussian is a product: first along the columns, then along the rows
         shifted = [y.narrow(axis, k, x.shape[axis]) for k in range(kernel_size)]
@@ -377,6 +375,6 @@ def rotate(x: Tensor, degrees: float) -> Tensor:
             [0., 2.]])
     """
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    matrix = torch.tensor([[c, -s, 0.0], [s, c, 0.0]], dtype=x.dtype, device=x.device).expand(len(x), 2, 3)
+    matrix = x.new_tensor([[c, -s, 0], [s, c, 0]]).expand(len(x), 2, 3)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)

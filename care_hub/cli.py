@@ -377,7 +377,7 @@ def info(source: str, revision: str | None) -> None:
     """Say what the encoder SOURCE (a folder, a registry name or a Hub id) is and how good; as JSON."""
     from .hub.evaluation_record import read_record
     from .hub.export import read_config
-    from .hub.linear_head import LinearHead, head_files
+    from .hub.linear_head import read_heads
     from .hub.registry import locate
 
     folder = locate(source, revision=revision)
@@ -385,9 +385,8 @@ def info(source: str, revision: str | None) -> None:
     about = {key: stored[key] for key in ("architecture", "num_features")}
     about |= {k: v for k, v in config.to_json().items() if k != "training"}
     about["accuracy"] = read_record(folder).get("accuracy", {})
-    heads = [LinearHead.load(path) for path in head_files(folder)]
     about["linear_heads"] = {
-        head.dataset: head.metrics | {"classes": len(head.class_names)} for head in heads
+        head.dataset: head.metrics | {"classes": len(head.class_names)} for head in read_heads(folder)
     }
     print(json.dumps(about, indent=2))
 

@@ -34,10 +34,11 @@ def option(
     return field(default=default, metadata=about | {"published": published, "formerly": formerly})
 
 
-_data, _model, _method, _augmentation, _optimization, _run, _probe = (
+_data, _model, _method, _augmentation, _optimization, _probe = (
     partial(option, group)
-    for group in ("Data", "Model", "Method", "Augmentation", "Optimization", "Run", "Evaluation")
+    for group in ("Data", "Model", "Method", "Augmentation", "Optimization", "Evaluation")
 )
+_run = partial(option, "Run", changeable=True, published=False)
 
 
 @dataclass
@@ -140,38 +141,22 @@ class TrainConfig(DataConfig):
     )
     compile: bool = _optimization(False, "torch.compile the network", changeable=True)
 
-    max_steps: int | None = _run(None, "stop and export after so many optimizer steps", changeable=True)
+    max_steps: int | None = _run(None, "stop and export after so many optimizer steps", published=True)
     knn_every: int | None = _run(
-        None, "epochs between kNN checks, 0 = never (default: 5; with --max-steps 0)", changeable=True
+        None, "epochs between kNN checks, 0 = never (default: 5; with --max-steps 0)", published=True
     )
-    knn_bank: int = _run(5000, "images in the bank of the kNN check")
-    checkpoint_every: int | None = _run(
-        None, "steps between checkpoints (default: an epoch)", changeable=True
-    )
-    save_root: str = _run("runs", "where run folders are made", changeable=True, published=False)
+    knn_bank: int = _run(5000, "images in the bank of the kNN check", changeable=False, published=True)
+    checkpoint_every: int | None = _run(None, "steps between checkpoints (default: an epoch)", published=True)
+    save_root: str = _run("runs", "where run folders are made")
     run_name: str | None = _run(
-        None,
-        "name of the run folder (default: <dataset>-<method>-<first free number>)",
-        changeable=True,
-        published=False,
+        None, "name of the run folder (default: <dataset>-<method>-<first free number>)"
     )
-    resume: bool = _run(
-        False, "resume from the newest complete checkpoint of --run-name", changeable=True, published=False
-    )
-    log_with: str = _run(
-        "none",
-        "none, tensorboard or wandb",
-        ("none", "tensorboard", "wandb"),
-        changeable=True,
-        published=False,
-    )
+    resume: bool = _run(False, "resume from the newest complete checkpoint of --run-name")
+    log_with: str = _run("none", "none, tensorboard or wandb", ("none", "tensorboard", "wandb"))
     push_to_hub: str | None = _run(
-        None,
-        "ORG/NAME: push the export there when training ends; token and name are checked before",
-        changeable=True,
-        published=False,
+        None, "ORG/NAME: push the export there when training ends; token and name are checked before"
     )
-    dry_run: bool = _run(False, "print the plan and stop", changeable=True, published=False)
+    dry_run: bool = _run(False, "print the plan and stop")
 
     def __post_init__(self) -> None:
         super().__post_init__()

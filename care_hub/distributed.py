@@ -5,7 +5,6 @@ averages the gradients of the W processes. So the gradient that leaves `gather` 
 the processes, W times dL / dx.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -14,8 +13,6 @@ from accelerate import Accelerator
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-REPLACED = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)  # by their global twins
 
 
 def world() -> tuple[int, int]:
@@ -64,27 +61,21 @@ class GlobalBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world()[1] == 1:
             return super().forward(x)
-        axes = [0, *range(2, x.ndim)]
-        shape = [1, -1] + [1] * (x.ndim - 2)
         y = x if x.dtype == torch.float64 else x.float()
-        mean, var = self._global_statistics(y, axes)
-        self._track(mean, var, count=y.numel() // y.shape[1] * world()[1])
+        local = torch.stack(torch.var_mean(y, [0, *range(2, x.ndim)], correction=0))
+        variances, means = gather(local[None]).unbind(1)  # (W, C) each
+        mean = means.mean(0)
+        # Source: Chan et al. 1979 (no difference of large sums).
+        var = (variances + (means - mean).square()).mean(0)
+        with torch.no_grad():
+            count = y.numel() // y.shape[1] * world()[1]
+            unbiased = var * (count / (count - 1))
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        shape = (1, -1, *[1] * (x.ndim - 2))
         scale = (self.weight / (var + self.eps).sqrt()).view(shape)
         return ((y - mean.view(shape)) * scale + self.bias.view(shape)).to(x.dtype)
-
-    def _global_statistics(self, y: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
-        """(C,) mean and variance of all processes. Source: Chan et al. 1979 (no difference of large sums)."""
-        local_var, local_mean = torch.var_mean(y, axes, correction=0)
-        means, variances = gather(torch.stack([local_mean, local_var])[None]).unbind(1)  # (W, C) each
-        mean = means.mean(0)
-        return mean, (variances + (means - mean).square()).mean(0)
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
-        unbiased = var * (count / (count - 1))
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
 
 class GlobalBatchNormAct(GlobalBatchNorm):
@@ -97,6 +88,13 @@ class GlobalBatchNormAct(GlobalBatchNorm):
         return self.act(self.drop(super().forward(x)))
 
 
+TWINS: dict[type[nn.Module], type[GlobalBatchNorm]] = {
+    nn.BatchNorm1d: GlobalBatchNorm,
+    nn.BatchNorm2d: GlobalBatchNorm,
+    BatchNormAct2d: GlobalBatchNormAct,
+}
+
+
 def global_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with every BatchNorm seeing the global batch; with one process it stays as it is.
 
@@ -107,27 +105,19 @@ def global_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
         return module
     if device.type != "cpu":
         return convert_sync_batchnorm(module)
-    return _replace_batch_norms(module)
-
-
-def _replace_batch_norms(module: nn.Module) -> nn.Module:
-    if isinstance(module, _BatchNorm) and type(module) in REPLACED:
+    if type(module) in TWINS:
         return _global_twin(module)
     for name, child in module.named_children():
-        setattr(module, name, _replace_batch_norms(child))
+        setattr(module, name, global_batch_norm(child, device))
     return module
 
 
-def _global_twin(norm: _BatchNorm) -> GlobalBatchNorm:
-    """A GlobalBatchNorm with the parameters and buffers of `norm`, the same tensors."""
-    twin = GlobalBatchNorm(norm.num_features, norm.eps, norm.momentum)
-    if isinstance(norm, BatchNormAct2d):
-        twin = GlobalBatchNormAct(norm.num_features, norm.eps, norm.momentum)
-        twin.drop, twin.act = norm.drop, norm.act
-    for name, parameter in norm.named_parameters(recurse=False):
-        setattr(twin, name, parameter)
-    for name, buffer in norm.named_buffers(recurse=False):
-        setattr(twin, name, buffer)
+def _global_twin(norm: Any) -> GlobalBatchNorm:
+    """A GlobalBatchNorm with the parameters, buffers and children of `norm`, the same objects."""
+    twin = TWINS[type(norm)](norm.num_features, norm.eps, norm.momentum)
+    tensors = (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False))
+    for name, value in (*tensors, *norm.named_children()):
+        setattr(twin, name, value)
     twin.training = norm.training
     return twin
 
@@ -135,23 +125,3 @@ def _global_twin(norm: _BatchNorm) -> GlobalBatchNorm:
 def inference_accelerator() -> Accelerator:
     """An accelerate.Accelerator for work without training, on the CPU if there is no accelerator."""
     return Accelerator(cpu=not torch.accelerator.is_available())
-
-
-def use_all_cores() -> int:
-    """Share the cores among this machine's processes; returns the threads of this one.
-
-    For a whole program alone: it changes the process. `accelerate launch` and torchrun ask for one thread
-    each; a larger OMP_NUM_THREADS is left as it is, and so is everything where there is an accelerator.
-    """
-    one_thread = int(os.environ.get("OMP_NUM_THREADS", "1") or 1) <= 1
-    if one_thread and not torch.accelerator.is_available():
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, _usable_cores() // processes))
-    return torch.get_num_threads()
-
-
-def _usable_cores() -> int:
-    """Cores that this process may use; systems without affinity say how many there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -92,9 +92,7 @@ class Encoder(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of all weights and statistics, in hexadecimal: tells whose embeddings something
-        belongs to.
-        """
+        """sha256 of all weights and statistics, in hexadecimal: tells whose embeddings something is."""
         digest = hashlib.sha256()
         for name, tensor in self.state_dict().items():
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -102,11 +100,9 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def embed(self, x: Tensor, space: str = "projection", dtype: torch.dtype | None = None) -> Tensor:
-        """(B, 3, S, S) uint8 or float in [0, 1], of the encoder's own size -> (B, d) float32 on its
-        device.
+        """(B, 3, S, S) uint8 or float in [0, 1], of the encoder's own size -> (B, d) float32 on its device.
 
-        Always in eval mode. `dtype`: compute under autocast in it. Raises CareHubError for an
-        unknown `space`.
+        In eval mode. `dtype`: compute under autocast in it. Raises CareHubError for an unknown `space`.
         """
         if space not in SPACES:
             raise CareHubError(f"there is no space '{space}'; choose 'projection' or 'backbone'.")
@@ -200,7 +196,7 @@ class Encoder(nn.Module):
         if self.projection is not None:
             files["projection.safetensors"] = stored(self.projection)
         for name, tensors in files.items():
-            export.write_tensors(folder / name, tensors, {"format": "pt"})
+            export.write_tensors(folder / name, tensors)
         care = replace(self.config, sha256={name: export.sha256(folder / name) for name in files})
         config = timm_config(care, self.backbone) | {"care": care.to_json()}
         export.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")

@@ -96,8 +96,7 @@ def load_classifier(source: str | Path, dataset: str | None = None, **hub_option
 
 
 def create_model(name: str, pretrained: bool = False, num_classes: int = 0, **kwargs: Any) -> Backbone:
-    """A backbone by name, for fine-tuning: ours or any of timm's. `num_classes=0` ends in pooled
-    features.
+    """A backbone by name, for fine-tuning: ours or any of timm's; `num_classes=0` for pooled features.
 
     `pretrained`: CARE weights where the registry has some for `name` (`architecture` or
     `architecture.tag`), else timm's. Raises CareHubError for an unknown name, with the nearest
@@ -141,8 +140,7 @@ def list_models(
 def push_export(folder: str | Path, repo_id: str, **options: Any) -> str:
     """Upload an export folder, or a run's, with its model card; returns the address of the commit.
 
-    What can't be loaded is not published. `options`: private, revision, token, create_pr,
-    commit_message.
+    What can't be loaded is not published. `options`: as those of `hub.push.push_folder`.
     """
     folder = export_folder(folder)
     Encoder.from_folder(folder)

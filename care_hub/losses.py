@@ -44,8 +44,7 @@ def uniformity(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     >>> uniformity(torch.eye(3), torch.eye(3), temperature=0.5)  # log(4 e^0)
     tensor(1.3863)
     """
-    logits = _logits(z1, z2, temperature)
-    negatives = logits.scatter(1, _positives(z1)[:, None], float("-inf"))
+    negatives = _logits(z1, z2, temperature).scatter(1, _positives(z1)[:, None], float("-inf"))
     return negatives.logsumexp(dim=1).mean()
 
 
@@ -80,18 +79,13 @@ def equivariance(z1: Tensor, z2: Tensor, groups: int) -> Tensor:
     >>> equivariance(torch.eye(2), torch.eye(2) @ quarter_turn.T, groups=1)
     tensor(0.)
     """
-    batch, dim = z1.shape
-    if groups < 1 or batch % groups or batch // groups < 2:
-        raise CareHubError(
-            f"{batch} images can't be divided into {groups} equal groups of at least 2 for the "
-            "equivariance loss; choose `groups` so that it divides the batch."
-        )
-    size = batch // groups
+    batch = len(z1)
+    if groups < 1 or batch % groups or batch < 2 * groups:
+        raise CareHubError(f"{batch} images don't divide into `groups={groups}` equal groups of at least 2.")
     with torch.autocast(z1.device.type, enabled=False):
-        a, b = (_full(z).reshape(groups, size, dim) for z in (z1, z2))
-        difference = torch.bmm(a, a.transpose(1, 2)) - torch.bmm(b, b.transpose(1, 2))
+        a, b = (_full(z).unflatten(0, (groups, -1)) for z in (z1, z2))
         # j = i needs no mask: rows have unit length, so the diagonals of both Gram matrices are 1.
-        return 2 * difference.square().sum() / batch
+        return 2 * (a @ a.mT - b @ b.mT).square().sum() / batch
 
 
 def moco(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -106,7 +100,7 @@ def moco(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Te
     with torch.autocast(queries.device.type, enabled=False):
         positive = (queries * keys).sum(dim=1, keepdim=True)
         logits = torch.cat([positive, queries @ queue.T], dim=1) / temperature
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
 
 
 def _full(z: Tensor) -> Tensor:

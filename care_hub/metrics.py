@@ -73,12 +73,12 @@ def relative_equivariance(z: Tensor, z_a: Tensor) -> Tensor:
     """
     moved = invariance(z, z_a)
     changed = (_squared_distances(z_a) - _squared_distances(z)).square()
-    return changed / (moved[:, None] + moved[None, :]).square().clamp(min=TINY)
+    return changed / (moved[:, None] + moved).square().clamp(min=TINY)
 
 
 def _squared_distances(z: Tensor) -> Tensor:
     norms = z.square().sum(dim=1)
-    return norms[:, None] + norms[None, :] - 2 * z @ z.T
+    return norms[:, None] + norms - 2 * z @ z.T
 
 
 def variance(z: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def knn_scores(
 def knn_top1(
     bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k: int = 200, temperature: float = 0.5
 ) -> float:
-    """Top-1 accuracy of `knn_scores` in per cent; `truth` (M,) are the labels of the queries.
+    """Top-1 accuracy of `knn_scores` in percent; `truth` (M,) are the labels of the queries.
 
     >>> knn_top1(torch.eye(2), torch.tensor([1, 0]), torch.eye(2), torch.tensor([1, 1]), k=1)
     50.0
@@ -239,79 +239,75 @@ class Metric:
 
     key: str  # its name in results.json, evaluation.json and metrics.jsonl
     title: str  # for column heads and figures
-    unit: str  # "%", "R²", "s", "images/s" or ""
-    better: str  # "higher", "lower" or "" (neither)
     meaning: str
+    unit: str = ""  # "%", "R²", "s", "images/s" or ""
+    better: str = ""  # "higher", "lower" or "" (neither)
 
 
+_PROBES = {
+    "x": "horizontal place of the shape",
+    "y": "vertical place of the shape",
+    "size": "size of the shape",
+    "rotation": "angle of the shape",
+    "background": "gray level of the background",
+    "brightness": "mean brightness of the image",
+    "contrast": "standard deviation of brightness",
+    "saturation": "mean saturation of the image",
+    "hue": "mean hue, as a point in the color plane",
+}
 # fmt: off
 _TABLE = (
     # The end of training, and `care-hub equivariance`
-    Metric("knn_top1", "kNN, label", "%", "higher", "top-1 on held-out images, backbone features"),
-    Metric("knn_color_top1", "kNN, color", "%", "higher", "top-1 for the color of held-out images"),
-    Metric("invariance_error", "invariance error", "", "",
-           "how far an augmentation moves an embedding: mean |f(ax) - f(x)|^2"),
-    Metric("rotation_error", "rotation error", "", "",
-           "what is left after one fitted rotation for all images: mean |f(ax) - R f(x)|^2"),
-    Metric("rotation_invariance_ratio", "rotation / invariance", "", "lower",
-           "ratio of the two errors, mean over augmentations; 1 = rotating helps nothing"),
-    Metric("gram_deviation", "Gram deviation", "", "lower",
-           "how much an augmentation changes inner products between images"),
-    Metric("special_rotation_error", "rotation error, SO(d)", "", "",
-           "rotation error of proper rotations only (det R = +1)"),
-    Metric("special_rotation_invariance_ratio", "rotation / invariance, SO(d)", "", "",
-           "rotation / invariance of proper rotations only (det R = +1)"),
-    Metric("gamma", "γ", "", "", "how much distances change, relative to how much the embeddings move"),
-    Metric("variance", "variance", "", "", "mean |f(x) - mean f|^2; 0 = all embeddings collapsed to a point"),
-    Metric("composition_error", "composition error", "", "",
-           "distance of R_b R_a from R_ba, fitted on a then b; about 1 for unrelated rotations"),
-    Metric("composition_residual", "composed error", "", "", "rotation error with R_b R_a in place of R_ba"),
-    Metric("composition_invariance_ratio", "composed / invariance", "", "",
-           "rotation / invariance with R_b R_a in place of R_ba"),
-    Metric("hit_at_1", "found by R f(x)", "%", "higher", "augmented images that are the nearest to R f(x)"),
-    Metric("hit_at_1_unrotated", "found by f(x)", "%", "", "augmented images that are the nearest to f(x)"),
-    Metric("hit_at_1_random", "found by random R", "%", "",
-           "augmented images that are the nearest to a random rotation of f(x)"),
-    Metric("hit_at_5", "top 5 by R f(x)", "%", "", "augmented images among the five nearest to R f(x)"),
-    Metric("hit_at_5_unrotated", "top 5 by f(x)", "%", "", "augmented images among the five nearest to f(x)"),
-    Metric("hit_at_5_random", "top 5 by random R", "%", "",
-           "augmented images among the five nearest to a random rotation of f(x)"),
-    Metric("mrr", "MRR by R f(x)", "", "", "mean reciprocal rank of the augmented image for R f(x)"),
-    Metric("mrr_unrotated", "MRR by f(x)", "", "", "mean reciprocal rank of the augmented image for f(x)"),
-    Metric("mrr_random", "MRR by random R", "", "",
-           "mean reciprocal rank of the augmented image for a random rotation of f(x)"),
-    Metric("effective_rank", "effective rank", "", "", "how many directions the embeddings use, from 1 to d"),
+    ("knn_top1", "kNN, label", "top-1 on held-out images, backbone features", "%", "higher"),
+    ("knn_color_top1", "kNN, color", "top-1 for the color of held-out images", "%", "higher"),
+    ("invariance_error", "invariance error",
+     "how far an augmentation moves an embedding: mean |f(ax) - f(x)|^2"),
+    ("rotation_error", "rotation error",
+     "what is left after one fitted rotation for all images: mean |f(ax) - R f(x)|^2"),
+    ("rotation_invariance_ratio", "rotation / invariance",
+     "ratio of the two errors, mean over augmentations; 1 = rotating helps nothing", "", "lower"),
+    ("gram_deviation", "Gram deviation",
+     "how much an augmentation changes inner products between images", "", "lower"),
+    ("special_rotation_error", "rotation error, SO(d)",
+     "rotation error of proper rotations only (det R = +1)"),
+    ("special_rotation_invariance_ratio", "rotation / invariance, SO(d)",
+     "rotation / invariance of proper rotations only (det R = +1)"),
+    ("gamma", "γ", "how much distances change, relative to how much the embeddings move"),
+    ("variance", "variance", "mean |f(x) - mean f|^2; 0 = all embeddings collapsed to a point"),
+    ("composition_error", "composition error",
+     "distance of R_b R_a from R_ba, fitted on a then b; about 1 for unrelated rotations"),
+    ("composition_residual", "composed error", "rotation error with R_b R_a in place of R_ba"),
+    ("composition_invariance_ratio", "composed / invariance",
+     "rotation / invariance with R_b R_a in place of R_ba"),
+    ("hit_at_1", "found by R f(x)", "augmented images nearest to R f(x)", "%", "higher"),
+    ("hit_at_1_unrotated", "found by f(x)", "augmented images nearest to f(x)", "%"),
+    ("hit_at_1_random", "found by random R", "augmented images nearest to R f(x), R random", "%"),
+    ("hit_at_5", "top 5 by R f(x)", "augmented images among the 5 nearest to R f(x)", "%"),
+    ("hit_at_5_unrotated", "top 5 by f(x)", "augmented images among the 5 nearest to f(x)", "%"),
+    ("hit_at_5_random", "top 5 by random R", "augmented images among the 5 nearest to R f(x), R random", "%"),
+    ("mrr", "MRR by R f(x)", "mean reciprocal rank of the augmented image for R f(x)"),
+    ("mrr_unrotated", "MRR by f(x)", "mean reciprocal rank of the augmented image for f(x)"),
+    ("mrr_random", "MRR by random R", "mean reciprocal rank of the augmented image for R f(x), R random"),
+    ("effective_rank", "effective rank", "how many directions the embeddings use, from 1 to d"),
     # Accuracies
-    Metric("top1", "top-1", "%", "higher", "test images whose label is the first guess"),
-    Metric("top5", "top-5", "%", "higher", "test images whose label is among the first five guesses"),
+    ("top1", "top-1", "test images whose label is the first guess", "%", "higher"),
+    ("top5", "top-5", "test images whose label is among the first five guesses", "%", "higher"),
     # Attribute probes: what a linear map predicts from the embeddings
-    Metric("label", "label", "%", "higher", "top-1 of a linear probe for the label"),
-    Metric("color", "color", "%", "higher", "top-1 of a linear probe for the color"),
-    Metric("x", "x", "R²", "higher", "linear probe for the horizontal place of the shape"),
-    Metric("y", "y", "R²", "higher", "linear probe for the vertical place of the shape"),
-    Metric("size", "size", "R²", "higher", "linear probe for the size of the shape"),
-    Metric("rotation", "rotation", "R²", "higher", "linear probe for the angle of the shape"),
-    Metric("background", "background", "R²", "higher", "linear probe for the gray level of the background"),
-    Metric("brightness", "brightness", "R²", "higher", "linear probe for the mean brightness of the image"),
-    Metric("contrast", "contrast", "R²", "higher", "linear probe for the standard deviation of brightness"),
-    Metric("saturation", "saturation", "R²", "higher", "linear probe for the mean saturation of the image"),
-    Metric("hue", "hue", "R²", "higher", "linear probe for the mean hue, as a point in the color plane"),
+    ("label", "label", "top-1 of a linear probe for the label", "%", "higher"),
+    ("color", "color", "top-1 of a linear probe for the color", "%", "higher"),
+    *((name, name, f"linear probe for the {what}", "R²", "higher") for name, what in _PROBES.items()),
     # Training
-    Metric("loss", "loss", "", "", "InfoNCE + λ · equivariance loss"),
-    Metric("infonce", "InfoNCE", "", "", "the contrastive loss"),
-    Metric("equivariance", "equivariance loss", "", "", "change of the Gram matrices within a group"),
-    Metric("weight", "λ", "", "", "weight of the equivariance loss"),
-    Metric("lr", "learning rate", "", "", "learning rate of the optimizer"),
-    Metric("images_per_second", "speed", "images/s", "", "source images, not views, per second of training"),
-    Metric("training_seconds", "training time", "s", "", "wall time of all training steps"),
+    ("loss", "loss", "InfoNCE + λ · equivariance loss"),
+    ("infonce", "InfoNCE", "the contrastive loss"),
+    ("equivariance", "equivariance loss", "change of the Gram matrices within a group"),
+    ("weight", "λ", "weight of the equivariance loss"),
+    ("lr", "learning rate", "learning rate of the optimizer"),
+    ("images_per_second", "speed", "source images, not views, per second of training", "images/s"),
+    ("training_seconds", "training time", "wall time of all training steps", "s"),
+)
+FINAL_METRICS = (
+    "knn_top1", "knn_color_top1", "invariance_error",
+    "rotation_error", "rotation_invariance_ratio", "gram_deviation",
 )
 # fmt: on
-METRICS: dict[str, Metric] = {metric.key: metric for metric in _TABLE}
-FINAL_METRICS = (
-    "knn_top1",
-    "knn_color_top1",
-    "invariance_error",
-    "rotation_error",
-    "rotation_invariance_ratio",
-    "gram_deviation",
-)
+METRICS = {key: Metric(key, *rest) for key, *rest in _TABLE}

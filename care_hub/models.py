@@ -83,22 +83,19 @@ _BLOCKS = {
 }
 
 
-def _default_cfg(stem: Stem) -> dict[str, Any]:
-    side = 4 // stem.stride
-    return {
-        "num_classes": 0,
-        "input_size": (3, 32, 32),
-        "pool_size": (side, side),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.25, 0.25, 0.25),
-        "first_conv": "conv1",
-        "classifier": "fc",
-    }
-
-
-default_cfgs = generate_default_cfgs({name: _default_cfg(stem) for name, stem in SMALL.items()})
+_DEFAULT_CFG = {
+    "num_classes": 0,
+    "input_size": (3, 32, 32),
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.25, 0.25, 0.25),
+    "first_conv": "conv1",
+    "classifier": "fc",
+}
+default_cfgs = generate_default_cfgs(
+    {name: _DEFAULT_CFG | {"pool_size": (4 // stem.stride,) * 2} for name, stem in SMALL.items()}
+)
 
 
 def _small_image_resnet(name: str, pretrained: bool, **kwargs: Any) -> SmallImageResNet:

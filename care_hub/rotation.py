@@ -5,21 +5,21 @@ Fitting is the orthogonal Procrustes problem, known as Wahba's problem for prope
 
 import math
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, linalg
 
 from .errors import CareHubError
 
 CHUNK = 65536  # rows raised to float64 at a time
 ORTHOGONAL = 1e-6  # largest entry of R R^T - I that is rounding
 HALF_TURN = 1e-6  # singular values of R + I below this are half turns, where R = -1
-EMBEDDING_FILES = (".parquet", ".safetensors")
 
+Array: TypeAlias = np.ndarray | Tensor
 Embeddings = TypeVar("Embeddings", np.ndarray, Tensor)
 
 
@@ -42,11 +42,11 @@ def procrustes(z: Tensor, z_t: Tensor, special: bool = False) -> Tensor:
             [ 1.,  0.]], dtype=torch.float64)
     """
     chunks = zip(z.split(CHUNK, dim=-2), z_t.split(CHUNK, dim=-2), strict=True)
-    cross = sum(after.double().transpose(-2, -1) @ before.double() for before, after in chunks)
-    u, _, vh = torch.linalg.svd(cross)
+    cross = sum(after.double().mT @ before.double() for before, after in chunks)
+    u, _, vh = linalg.svd(cross)
     if special:
-        sign = torch.linalg.det(u @ vh).sign()
-        u = torch.cat([u[..., :-1], u[..., -1:] * sign[..., None, None]], dim=-1)
+        sign = linalg.det(u @ vh).sign()[..., None, None]
+        u = torch.cat([u[..., :-1], u[..., -1:] * sign], dim=-1)
     return u @ vh
 
 
@@ -61,24 +61,20 @@ class Rotation:
     array([-1., -2.])
     """
 
-    def __init__(self, matrix: np.ndarray | Tensor, encoder: str | None = None):
+    def __init__(self, matrix: Array, encoder: str | None = None):
         matrix = torch.as_tensor(matrix).double()
         if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
             raise CareHubError(f"a rotation is a square matrix, got the shape {tuple(matrix.shape)}.")
-        eye = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
-        error = (matrix @ matrix.transpose(-2, -1) - eye).abs().max()
+        error = (matrix @ matrix.mT - torch.eye(matrix.shape[-1]).to(matrix)).abs().max()
         if not error < ORTHOGONAL:  # NaN is not
-            raise CareHubError(
-                f"this matrix is not orthogonal: R R^T differs from the identity by {error:.1g}."
-            )
-        self.matrix = matrix
-        self.encoder = encoder
+            raise CareHubError(f"this matrix is not orthogonal: R R^T differs from I by {error:.1g}.")
+        self.matrix, self.encoder = matrix, encoder
 
     @classmethod
     def fit(
         cls,
-        z: np.ndarray | Tensor,
-        z_t: np.ndarray | Tensor,
+        z: Array,
+        z_t: Array,
         special: bool = False,
         encoder: HasFingerprint | str | None = None,
     ) -> "Rotation":
@@ -96,10 +92,8 @@ class Rotation:
         """
         z, z_t = torch.as_tensor(z), torch.as_tensor(z_t)
         if z.shape != z_t.shape or z.ndim < 2 or not z.numel():
-            raise CareHubError(
-                "a rotation is fitted on two sets of as many embeddings, "
-                f"got the shapes {tuple(z.shape)} and {tuple(z_t.shape)}."
-            )
+            shapes = f"{tuple(z.shape)} and {tuple(z_t.shape)}"
+            raise CareHubError(f"a rotation is fitted on two sets of as many embeddings, got {shapes}.")
         if not (z.isfinite().all() and z_t.isfinite().all()):
             raise CareHubError("some of these embeddings are not finite numbers.")
         return cls(procrustes(z, z_t, special), _fingerprint(encoder))
@@ -114,9 +108,9 @@ class Rotation:
         Rotation(d=3)
         """
         generator = torch.Generator().manual_seed(seed)
-        q, r = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))
-        q = q * r.diagonal().sign()
-        q[:, 0] *= torch.linalg.det(q).sign()
+        q, r = linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))
+        q *= r.diagonal().sign()
+        q[:, 0] *= linalg.det(q).sign()
         return cls(q)
 
     @property
@@ -132,21 +126,19 @@ class Rotation:
         """R z for (..., N, d) or (d,) embeddings; same type, dtype and device as `z`."""
         if self.d != z.shape[-1]:
             raise CareHubError(f"this rotation turns vectors of {self.d} numbers, these have {z.shape[-1]}.")
-        transposed = self.matrix.transpose(-2, -1)
         if isinstance(z, np.ndarray):
-            return z @ transposed.cpu().numpy().astype(z.dtype)
-        return z @ transposed.to(z)
+            return z @ self.matrix.mT.cpu().numpy().astype(z.dtype)
+        return z @ self.matrix.mT.to(z)
 
     def __matmul__(self, other: "Rotation") -> "Rotation":
         """First `other`, then this one: R_b @ R_a is the rotation of "a, then b"."""
-        known = {self.encoder, other.encoder} - {None}
-        if self.d != other.d or len(known) > 1:
+        if self.d != other.d or len({self.encoder, other.encoder} - {None}) > 1:
             raise CareHubError("these two rotations belong to different embedding spaces.")
         return Rotation(_nearest_orthogonal(self.matrix @ other.matrix), self.encoder or other.encoder)
 
     def inv(self) -> "Rotation":
         """R^-1 = R^T."""
-        return Rotation(self.matrix.transpose(-2, -1), self.encoder)
+        return Rotation(self.matrix.mT, self.encoder)
 
     def power(self, t: float) -> "Rotation":
         """R^t, every rotation angle times t: `power(0.5)` is half the rotation.
@@ -159,29 +151,28 @@ class Rotation:
         True
         """
         if float(t).is_integer():
-            power = torch.linalg.matrix_power(self.matrix, int(t))
-        elif (torch.linalg.det(self.matrix) < 0).any():
+            power = linalg.matrix_power(self.matrix, int(t))
+        elif (linalg.det(self.matrix) < 0).any():
             raise CareHubError(f"a map of determinant -1 has no real power {t}; fit it with `special=True`.")
         else:
             each = self.matrix.reshape(-1, self.d, self.d)
-            power = torch.stack([_fractional_power(r, t) for r in each]).reshape(self.matrix.shape)
+            power = torch.stack([_fractional_power(r, t) for r in each]).view_as(self.matrix)
         return Rotation(_nearest_orthogonal(power), self.encoder)
 
-    def residual(self, z: np.ndarray | Tensor, z_t: np.ndarray | Tensor) -> float:
+    def residual(self, z: Array, z_t: Array) -> float:
         """Mean |z_t - R z|^2 over (N, d) embeddings, the rotation error where R was fitted on others."""
         z, z_t = torch.as_tensor(z), torch.as_tensor(z_t)
         return (z_t.double() - self(z.double())).square().sum(dim=-1).mean().item()
 
     def check(self, encoder: HasFingerprint | str | None) -> None:
         """Raise CareHubError if this rotation is known to be of another encoder (`encoder` as in `fit`)."""
-        other = _fingerprint(encoder)
-        if None not in (self.encoder, other) and self.encoder != other:
+        if len({self.encoder, _fingerprint(encoder)} - {None}) > 1:
             raise CareHubError("this rotation was fitted on embeddings of another encoder; fit a new one.")
 
     def save(self, path: str | Path) -> Path:
         """Write the matrix and the encoder's fingerprint to a safetensors file; returns its path."""
-        metadata = {"format": "pt", "encoder": self.encoder or ""}
-        save_file({"rotation": self.matrix.cpu().contiguous()}, path, metadata=metadata)
+        tensors = {"rotation": self.matrix.cpu().contiguous()}
+        save_file(tensors, path, {"format": "pt", "encoder": self.encoder or ""})
         return Path(path)
 
     @classmethod
@@ -196,19 +187,15 @@ class Rotation:
 
 def _fingerprint(encoder: HasFingerprint | str | None) -> str | None:
     """The fingerprint of an encoder, or the fingerprint itself."""
-    if isinstance(encoder, str | Path):
-        if isinstance(encoder, Path) or encoder.endswith(EMBEDDING_FILES):
-            raise CareHubError(
-                f"'{encoder}' is a file; pass what it says of its encoder, "
-                f"`encoder=care_hub.fingerprint_of('{encoder}')`."
-            )
-        return encoder
-    return None if encoder is None else encoder.fingerprint
+    name = str(encoder) if isinstance(encoder, str | Path) else ""
+    if isinstance(encoder, Path) or name.endswith((".parquet", ".safetensors")):
+        raise CareHubError(f"'{encoder}' is a file; pass `encoder=care_hub.fingerprint_of('{encoder}')`.")
+    return encoder if encoder is None or isinstance(encoder, str) else encoder.fingerprint
 
 
 def _nearest_orthogonal(matrix: Tensor) -> Tensor:
     """The nearest orthogonal matrix, so that long products do not drift."""
-    u, _, vh = torch.linalg.svd(matrix)
+    u, _, vh = linalg.svd(matrix)
     return u @ vh
 
 
@@ -218,14 +205,12 @@ def _fractional_power(r: Tensor, t: float) -> Tensor:
     The Cayley transform i (I - R)(I + R)^-1 is Hermitian with eigenvalues tan(angle / 2). It has no value
     for half turns (R = -1); these directions are taken in pairs and turned by t half turns in their plane.
     """
-    eye = torch.eye(len(r), dtype=r.dtype, device=r.device)
-    _, size, vh = torch.linalg.svd(r + eye)
+    eye = torch.eye(len(r)).to(r)
+    _, size, vh = linalg.svd(r + eye)
     half = vh[size < HALF_TURN].T  # (d, k), k even
     flips = 2 * half @ half.T
-    cayley = torch.linalg.solve(eye + r + flips, eye - r - flips, left=False)
-    tangent, v = torch.linalg.eigh(1j * cayley)
+    tangent, v = linalg.eigh(1j * linalg.solve(eye + r + flips, eye - r - flips, left=False))
     powered = ((v * torch.exp(2j * t * torch.atan(tangent))) @ v.conj().T).real
     c, s = math.cos(math.pi * t), math.sin(math.pi * t)
-    turn = torch.tensor([[c, -s], [s, c]], dtype=r.dtype)
-    turns = torch.kron(torch.eye(half.shape[1] // 2, dtype=r.dtype), turn).to(r.device)
+    turns = torch.kron(torch.eye(half.shape[1] // 2).to(r), r.new_tensor([[c, -s], [s, c]]))
     return powered @ (eye - half @ half.T + half @ turns @ half.T)

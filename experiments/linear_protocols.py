@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from care_hub import augment
 from care_hub.augment import center_crop, seeded_generator
 from care_hub.config import EvalConfig
-from care_hub.distributed import inference_accelerator, use_all_cores
+from care_hub.distributed import inference_accelerator
 from care_hub.encoder import Encoder
 from care_hub.evaluate.commands import open_splits
 from care_hub.evaluate.equivariance import recorded_augmentation
-from care_hub.evaluate.features import random_subset
-from care_hub.evaluate.labels import ClassificationSplit, labelled
+from care_hub.evaluate.features import LabeledImages, labeled, random_subset
 from care_hub.evaluate.linear import linear_probe
 from care_hub.metrics import topk_accuracy
 
@@ -33,7 +32,7 @@ BATCH = 512
 
 
 def published_probe(
-    encoder: Encoder, train: ClassificationSplit, test: ClassificationSplit, epochs: int, seed: int
+    encoder: Encoder, train: LabeledImages, test: LabeledImages, epochs: int, seed: int
 ) -> float:
     """Top-1 of Adam, lr 1e-3, wd 1e-6, every epoch on newly augmented images (CIFAR and STL-10 form)."""
     torch.manual_seed(seed)
@@ -67,10 +66,10 @@ def published_probe(
 def main(
     source: str, dataset_name: str, data_root: str | None, images: int | None, epochs: int, seeds: int
 ) -> None:
-    threads, accelerator = use_all_cores(), inference_accelerator()
+    accelerator = inference_accelerator()
     config = EvalConfig(encoder=source, dataset_name=dataset_name, data_root=data_root)
     encoder = Encoder.from_pretrained(source).to(accelerator.device)
-    train, test = labelled(dataset_name, *open_splits(encoder, config, accelerator))
+    train, test = labeled(dataset_name, *open_splits(encoder, config, accelerator))
     train = train.take(random_subset(len(train), images or len(train)))
     test = test.take(torch.arange(len(test)))  # in memory too
     rows = []
@@ -87,7 +86,7 @@ def main(
         print(json.dumps(row), flush=True)
     means = {name: round(statistics.mean(row[name] for row in rows), 2) for name in rows[0]}
     times_faster = round(means["published_seconds"] / means["our_seconds"], 1)
-    print(json.dumps(means | {"times_faster": times_faster, "threads": threads}))
+    print(json.dumps(means | {"times_faster": times_faster, "threads": torch.get_num_threads()}))
 
 
 if __name__ == "__main__":

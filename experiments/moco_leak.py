@@ -50,7 +50,7 @@ class CountingLoss:
 
 
 def train(method: type[MoCo], config: TrainConfig) -> dict[str, float]:
-    """Accuracy of the contrastive task in the last epoch, and kNN, both in per cent."""
+    """Accuracy of the contrastive task in the last epoch, and kNN, both in percent."""
     counting = CountingLoss()
     with patch.object(trainer, "MoCo", method), patch.object(losses, "moco", counting):
         results = trainer.train(config)

@@ -12,7 +12,6 @@ import torch
 
 from care_hub.config import TrainConfig
 from care_hub.data.sources import load_splits
-from care_hub.distributed import use_all_cores
 from care_hub.training import run, trainer
 
 METHODS = {
@@ -42,7 +41,6 @@ def free_port() -> str:
 
 
 def train_all(save_root: str, data: dict, jobs: str) -> None:
-    use_all_cores()
     for job in jobs.split(","):
         dtype, steps = job.split(":")
         torch.set_default_dtype(getattr(torch, dtype))
@@ -52,7 +50,8 @@ def train_all(save_root: str, data: dict, jobs: str) -> None:
 
 
 def member(rank: int, processes: int, port: str, *arguments) -> None:
-    """One process of the group, told of it as torchrun does."""
+    """One process of the group, told of it and given one thread as torchrun does."""
+    torch.set_num_threads(1)
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     os.environ |= {name: str(value) for name, value in here.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -78,7 +78,7 @@ def layout(shared, name, model):
     assert {f"module.{k}": list(v.shape) for k, v in model.state_dict().items()} == expected
 
 
-@pytest.mark.parametrize("depth", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("depth", ["resnet18", pytest.param("resnet50", marks=pytest.mark.launches)])
 def test_cifar_checkpoints(depth, tmp_path):
     torch.manual_seed(0)
     options = argparse.Namespace(dataset_name="cifar100", lr=0.1)
@@ -90,6 +90,7 @@ def test_cifar_checkpoints(depth, tmp_path):
     assert care["converted_from"] == "c.pth.tar" and care["epoch"] == 7
 
 
+@pytest.mark.launches
 def test_imagenet_checkpoints_of_both_methods(tmp_path):
     torch.manual_seed(0)
     model = saved(PublicImageNet(True), tmp_path / "i.pth.tar", arch="resnet50")

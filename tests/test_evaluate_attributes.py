@@ -35,7 +35,7 @@ def test_colors_of_images_are_read_from_colors():
     base = torch.randint(40, 216, (300, 3, 1, 1), generator=torch.Generator().manual_seed(1))
     detail = torch.randint(-40, 40, (300, 3, 8, 8), generator=torch.Generator().manual_seed(2))
     images = InMemoryImages(8, None, None, (base + detail).byte())
-    classes, numbers = attribute_targets(images, images.pixels)
+    classes, numbers = attribute_targets(images)
     assert not classes and numbers["hue"].shape == (300, 2)
     half, state = torch.arange(150), torch.get_rng_state()
     results = probe_attributes(ColorEncoder(), images.take(half), images.take(half + 150))

@@ -116,6 +116,21 @@ def test_a_head_is_saved_where_the_user_says(photos, tmp_path):
     assert 100 * right / 16 == result["top1"] and probabilities.shape == (16, 2)
 
 
+def test_what_was_measured_is_pushed_and_the_result_still_comes_last(encoder, photos, monkeypatch):
+    pushed = []
+
+    def push(folder, repo_id) -> str:
+        pushed.append((folder, repo_id, set(read_record(folder)["accuracy"]["imagefolder"])))
+        return "https://hub/org/name/commit/1"
+
+    monkeypatch.setattr(commands, "check_push", lambda repo_id: pushed.append(repo_id))
+    monkeypatch.setattr(commands, "push_export", push)
+    words = ["--encoder", str(encoder), *on(photos, "--push-to-hub", "org/name")]
+    *before, last = CliRunner().invoke(cli.eval_linear, words).stdout.splitlines()
+    assert pushed == ["org/name", (encoder / "export", "org/name", {"linear probe"})]
+    assert "https://hub/org/name/commit/1" in before and "top1" in json.loads(last)
+
+
 def test_a_place_that_can_not_be_written_is_refused_before_the_work(tiny_run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(commands, "linear_probe", lambda *_: pytest.fail("the probe was trained"))

@@ -9,8 +9,7 @@ from care_hub.data.images import InMemoryImages
 from care_hub.data.sources import load_splits
 from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
-from care_hub.evaluate.features import embed_all, embed_view, random_subset
-from care_hub.evaluate.labels import label_subset, labelled
+from care_hub.evaluate.features import embed_all, embed_view, label_subset, labeled, random_subset
 
 
 def blank(labels: list[int] | None, class_names: list[str] | None = None) -> InMemoryImages:
@@ -35,15 +34,15 @@ def test_the_embeddings_of_a_split_are_those_of_its_images(tiny_run, photos):
 
 
 def test_images_without_a_label_are_left_out():
-    train, test = labelled("d", blank([0, -1, 2], ["a", "b", "c"]), blank([1, 1]))
+    train, test = labeled("d", blank([0, -1, 2], ["a", "b", "c"]), blank([1, 1]))
     assert train.labels.tolist() == [0, 2] and len(train) == 2 and len(train.images) == 2
     assert train.class_names == test.class_names == ["a", "b", "c"]
     unnamed = blank([0, 3])
-    assert labelled("d", unnamed, blank([4]))[0].class_names == ["0", "1", "2", "3", "4"]
+    assert labeled("d", unnamed, blank([4]))[0].class_names == ["0", "1", "2", "3", "4"]
     assert unnamed.class_names is None  # the data set is left as it was
     for train_labels, test_labels in ((None, [0]), ([0], None), ([-1, -1], [0])):
         with pytest.raises(CareHubError, match="needs labels in a training and a test split, which 'd'"):
-            labelled("d", blank(train_labels), blank(test_labels))
+            labeled("d", blank(train_labels), blank(test_labels))
 
 
 def test_a_fraction_of_the_labels_has_some_of_each_class():

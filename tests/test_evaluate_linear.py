@@ -11,7 +11,7 @@ from care_hub.config import DataConfig, EvalConfig
 from care_hub.data.sources import load_splits
 from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
-from care_hub.evaluate.labels import labelled
+from care_hub.evaluate.features import labeled
 from care_hub.evaluate.linear import PENALTIES, choose_penalty, fit_linear, fit_sgd, linear_probe
 from care_hub.metrics import topk_accuracy
 
@@ -25,7 +25,7 @@ def clusters(n: int, noise: float, seed: int = 0):
 
 def splits(photos):
     data = DataConfig("imagefolder", data_root=str(photos))
-    return labelled("imagefolder", *load_splits(data, size=32, progress=False))
+    return labeled("imagefolder", *load_splits(data, size=32, progress=False))
 
 
 def probe(encoder: Encoder, train, test, **options):

@@ -56,6 +56,15 @@ def test_what_users_wrote_into_the_local_card_survives_a_push_over_an_older_one(
     assert "Mind the cat." in readme.read_text() and "Mind the dog." not in readme.read_text()
 
 
+def test_a_marker_that_users_quote_before_the_card_does_not_double_it(export):
+    """A stray END made every writing append another copy."""
+    readme = export / "README.md"
+    readme.write_text(f"Leave what is above {END} alone.\n\n" + readme.read_text().split("---\n", 2)[2])
+    for _ in range(2):
+        text = write_card(export).read_text()
+    assert text.count(BEGIN) == 1 and f"Leave what is above {END} alone." in text
+
+
 def test_a_card_with_broken_metadata_keeps_its_text(export):
     (export / "README.md").write_text("---\ntags: [a\n---\n\nAsk Ann before use.\n")
     text = write_card(export).read_text()

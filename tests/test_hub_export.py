@@ -47,6 +47,7 @@ HOSTILE = {
     "division by nothing": (lambda e: edited(e, in_both(std=[0, 0, 0])), NO_CONFIG),
     "two means and four deviations": (lambda e: edited(e, in_both(mean=[0, 0], std=[1] * 4)), NO_CONFIG),
     "a mean that is no number": (lambda e: edited(e, in_both(mean=[0, 0, "0"])), NO_CONFIG),
+    "a mean beyond all floats": (lambda e: edited(e, in_both(mean=[10**400, 0, 0])), NO_CONFIG),
     "absurd head": (
         lambda e: edited(e, lambda c: c["care"]["projection"].update(hidden=10**12)),
         "disagree on the head",

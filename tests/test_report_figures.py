@@ -33,7 +33,7 @@ def log(steps: int, speed: float = 100.0, weight: float = 1.0):
 
 def measured(families=("crop", "<flip>"), mean: float = 0.5) -> dict:
     triple = [mean, mean - 0.1, mean + 0.2]
-    keys = (*figures.GEOMETRY, "hit_at_1_unrotated")
+    keys = (*figures.PANELS, "hit_at_1_unrotated")
     return {"families": {family: {key: triple for key in keys} for family in families}}
 
 
@@ -62,6 +62,27 @@ def test_only_what_was_logged_has_a_panel(tmp_path):
     assert figures.logged_metrics({"plain": plain, "care": log(3)}) == list(figures.CURVES)
     figures.plot_curves({"plain": plain}, tmp_path / "c.svg")
     assert "equivariance loss" not in texts(tmp_path / "c.svg")
+
+
+def test_runs_that_logged_nothing_have_no_figure(tmp_path):
+    """It was a ZeroDivisionError."""
+    figures.plot_curves({"new": ([], TrainConfig())}, tmp_path / "c.svg")
+    figures.plot_curves({"new": ([], TrainConfig()), "care": log(3)}, tmp_path / "d.svg")
+    assert [path.name for path in tmp_path.iterdir()] == ["d.svg"]
+
+
+def test_a_figure_that_can_not_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    def break_off(figure, file, **options):
+        file.write_bytes(b"half of")
+        raise OSError("no space left")
+
+    figures.plot_curves({"care": log(3)}, tmp_path / "c.png")
+    before = (tmp_path / "c.png").read_bytes()
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", break_off)
+    with pytest.raises(OSError, match="no space left"):
+        figures.plot_curves({"care": log(4)}, tmp_path / "c.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["c.png"]
+    assert (tmp_path / "c.png").read_bytes() == before
 
 
 def test_names_are_text_and_nothing_else(tmp_path):

@@ -88,6 +88,13 @@ def test_the_final_screen_names_the_baseline_of_this_very_run(photos, tmp_path):
     assert f"--data-root {photos}" in comparison
 
 
+def test_the_final_screen_suggests_nothing_that_needs_a_test_split_where_there_is_none(photos, tmp_path):
+    data = ("--dataset-name", "imagefolder", "--data-root", photos / "train", "--image-size", "32")
+    screen = train_here(tmp_path, *data, "--max-steps", "1")
+    assert "care-hub embed" in screen and "--weight 0" in screen
+    assert "eval_linear.py" not in screen and "care-hub equivariance" not in screen
+
+
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars"])
 def test_optimizers_step_as_their_plain_forms_do(name):
     config = TrainConfig(model="resnet10_w16_small", optimizer=name, lr=0.01)
@@ -188,6 +195,7 @@ def test_class_folders_with_a_broken_image(photos, tmp_path):
     assert "skipped 1 broken images" in printed and "broken.jpg" in printed and "51 images" in printed
 
 
+@pytest.mark.launches
 def test_real_cifar10_trains(shared, tmp_path):
     root = shared("data/cifar10")
     flags = ("--dataset-name", "cifar10", "--data-root", root, "--max-steps", "2", "--run-name", "c")

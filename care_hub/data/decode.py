@@ -7,19 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import CareHubError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-DECODING_ERRORS = (
-    UnidentifiedImageError,
-    OSError,
-    SyntaxError,  # a damaged PNG
-    ValueError,
-    Image.DecompressionBombError,
-)
 
 
 def list_images(source: str | Path) -> tuple[list[str], list[str]]:
@@ -40,8 +33,7 @@ def find_images(folder: str | Path) -> list[str]:
     paths = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
     found = sorted(path for path in paths if os.path.splitext(path)[1].lower() in SUFFIXES)
     if not found:
-        suffixes = ", ".join(sorted(SUFFIXES))
-        raise CareHubError(f"there are no images in '{folder}' (looked for {suffixes}).")
+        raise CareHubError(f"there are no images in '{folder}' (looked for {', '.join(sorted(SUFFIXES))}).")
     return found
 
 
@@ -54,48 +46,32 @@ def to_rgb(image: str | Path | bytes | np.ndarray | Image.Image, name: str = "")
     >>> to_rgb(np.zeros((20, 30), np.uint8)).size
     (30, 20)
     """
-    if not name:
-        name = str(image) if isinstance(image, str | Path) else "an image"
+    name = name or (str(image) if isinstance(image, str | Path) else "an image")
     try:
-        upright = ImageOps.exif_transpose(_open(image))
-        return _to_8_bits(upright).convert("RGB")
+        if isinstance(image, np.ndarray):
+            image = _from_array(image)
+        elif not isinstance(image, Image.Image):
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            # More than 8 bits: 255, or the brightest pixel if it is brighter, becomes 255.
+            values = np.asarray(image, dtype=np.float64)
+            image = Image.fromarray((values / max(values.max(), 255) * 255).astype(np.uint8))
+        return image.convert("RGB")
     except FileNotFoundError:
         raise CareHubError(f"there is no image '{name}'.") from None
-    except DECODING_ERRORS as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: of a PNG
         raise CareHubError(f"{name} can't be decoded ({error}).") from error
 
 
-def _open(image: str | Path | bytes | np.ndarray | Image.Image) -> Image.Image:
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(_check_array(image))
-    if isinstance(image, bytes):
-        return Image.open(io.BytesIO(image))
-    if isinstance(image, str | Path):
-        return Image.open(image)
-    return image
-
-
-def _check_array(array: np.ndarray) -> np.ndarray:
-    """(H, W), (H, W, 3) or (H, W, 4) uint8; one channel loses its axis."""
+def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8:
-        raise CareHubError(
-            f"an image array must be uint8 (HWC), got {array.dtype}; floats in [0, 1] go in as NCHW tensors."
-        )
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise CareHubError(
-            f"an image array must be HWC with 1, 3 or 4 channels, got the shape {array.shape}."
-        )
-    return array
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Images of more than 8 bits, scaled so that 255 (or the brightest pixel, if brighter) becomes 255."""
-    if not image.mode.startswith("I;16") and image.mode not in ("I", "F"):
-        return image
-    values = np.asarray(image, dtype=np.float64)
-    return Image.fromarray((values / max(values.max(), 255) * 255).astype(np.uint8))
+        raise CareHubError(f"an image array must be uint8, got {array.dtype}; floats go in as tensors.")
+    if array.shape[2:] == (1,):
+        array = array[..., 0]
+    if array.ndim < 2 or array.shape[2:] not in ((), (3,), (4,)):
+        raise CareHubError(f"an image array must be HWC with 1, 3 or 4 channels, got {array.shape}.")
+    return Image.fromarray(array)
 
 
 def resize_and_center_crop(image: Image.Image, size: int, crop_pct: float = 1.0) -> Image.Image:
@@ -104,12 +80,9 @@ def resize_and_center_crop(image: Image.Image, size: int, crop_pct: float = 1.0)
     The result equals that of timm's evaluation transform, pixel by pixel.
     """
     width, height = resized_shape(*image.size, size, crop_pct)
-    if min(image.size) != min(width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if (width, height) == (size, size):
-        return image
     left, top = center_offset(width, size), center_offset(height, size)
-    return image.crop((left, top, left + size, top + size))
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + size, top + size))
 
 
 def resized_shape(width: int, height: int, size: int, crop_pct: float) -> tuple[int, int]:
@@ -132,10 +105,14 @@ def center_offset(full: int, size: int) -> int:
 def crop_and_resize(image: Image.Image, box: tuple[int, int, int, int], size: int) -> Image.Image:
     """The crop (top, left, height, width) resized to `size` x `size` (bilinear, antialiased)."""
     top, left, height, width = box
-    corners = (left, top, left + width, top + height)
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=corners)
+    return image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + width, top + height))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as (3, H, W) uint8."""
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+def square_tensor(image: Image.Image, size: int, crop_pct: float = 1.0) -> Tensor:
+    """`resize_and_center_crop` as (3, `size`, `size`) uint8."""
+    return to_tensor(resize_and_center_crop(image, size, crop_pct))

@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -15,12 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..errors import CareHubError
-from .decode import resize_and_center_crop, to_rgb, to_tensor
+from .decode import square_tensor, to_rgb, to_tensor
 
 ADVICE = "Mend or remove it, or pass `skip_broken_images=True`."
 
 Views: TypeAlias = list[Image.Image]
-Value = TypeVar("Value")
 Batch = TypeVar("Batch")
 
 
@@ -103,8 +101,8 @@ class StreamedImages(Images):
 
     def batches(self, index_batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """One (b, 3, S, S) uint8 tensor for each 1-d tensor of indices."""
-        jobs = ([(row,) for row in index.tolist()] for index in index_batches)
-        return self._stream(jobs, partial(_fit, size=self.size), torch.stack)
+        jobs = ([(row, self.size) for row in index.tolist()] for index in index_batches)
+        return self._stream(jobs, square_tensor, torch.stack)
 
     def cut_batches(
         self,
@@ -118,71 +116,59 @@ class StreamedImages(Images):
         they come out stacked, (b, V, 3, S, S) uint8 each, None where there are none.
         """
         jobs = (
-            [(row, step, first + k) for k, row in enumerate(index.tolist())] for index, step, first in batches
+            [(row, step, place) for place, row in enumerate(index.tolist(), first)]
+            for index, step, first in batches
         )
         return self._stream(jobs, cutter, _stack_views)
 
     def _stream(
-        self,
-        jobs: Iterable[list[Any]],
-        use: Callable[..., Value],
-        stack: Callable[[list[Value]], Batch],
+        self, jobs: Iterable[list[Any]], use: Callable[..., Any], stack: Callable[[list[Any]], Batch]
     ) -> Iterator[Batch]:
         """`stack` of what `use(image, *arguments)` gives for the (row, *arguments) of each list of jobs."""
         loader: DataLoader = DataLoader(
-            _DecodedRows(self.rows, use, self.skip_broken),
-            batch_sampler=jobs,  # an iterator: the order of a long run is never a list in memory
+            _DecodedBatches(self.rows, use, stack, self.skip_broken),
+            batch_size=None,
+            sampler=jobs,  # an iterator: the order of a long run is never a list in memory
+            collate_fn=tuple,  # which they are
             num_workers=self.workers,
-            collate_fn=partial(_collate, stack=stack),
             pin_memory=torch.cuda.is_available(),
         )
         for problems, batch in loader:
-            if problems and not self.skip_broken:
+            if batch is None:
                 raise CareHubError(f"{problems[0]} {ADVICE}")
             self.skipped += [problem for problem in problems if problem not in self.skipped]
             yield batch
 
 
-class _DecodedRows(Dataset):
-    """For a job (row, *arguments): what was wrong with the image (or None), and `use(image, *arguments)`."""
+@dataclass
+class _DecodedBatches(Dataset):
+    """For a list of jobs: what was wrong with images, and the batch (None if an image is missing in it)."""
 
-    def __init__(self, rows: Any, use: Callable[..., Any], skip_broken: bool) -> None:
-        self.rows, self.use, self.skip_broken = rows, use, skip_broken
+    rows: Any
+    use: Callable[..., Any]
+    stack: Callable[[list[Any]], Any]
+    skip_broken: bool
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, job: tuple[int, ...]) -> tuple[str | None, Any]:
-        first, *arguments = job
-        problem = None
-        for k in range(len(self) if self.skip_broken else 1):
-            row = (first + k) % len(self)
-            try:
-                image = _decode_cell(self.rows[row]["image"], f"row {row}")
-                return problem, self.use(image, *arguments)
-            except CareHubError as error:
-                problem = problem or str(error)
-        return problem, None
-
-
-def _collate(
-    items: list[tuple[str | None, Value | None]], stack: Callable[[list[Value]], Batch]
-) -> tuple[list[str], Batch | None]:
-    problems = [problem for problem, _ in items if problem]
-    values = [value for _, value in items if value is not None]
-    if len(values) < len(items):
-        return problems, None
-    return problems, stack(values)
+    def __getitem__(self, jobs: list[tuple[int, ...]]) -> tuple[list[str], Any]:
+        problems, values = [], []
+        for first, *arguments in jobs:
+            for k in range(len(self.rows) if self.skip_broken else 1):
+                row = (first + k) % len(self.rows)
+                try:
+                    image = _decode_cell(self.rows[row]["image"], f"row {row}")
+                    values.append(self.use(image, *arguments))
+                    break
+                except CareHubError as error:
+                    problems.append(str(error))
+        return problems, self.stack(values) if len(values) == len(jobs) else None
 
 
 def _stack_views(items: list[tuple[Views, Views]]) -> tuple[Tensor, Tensor | None]:
-    first = [_stack_images(views) for views, _ in items]
-    second = [_stack_images(views) for _, views in items if views]
+    first, second = (
+        [torch.stack([to_tensor(view) for view in views]) for views in kind if views]
+        for kind in zip(*items, strict=True)
+    )
     return torch.stack(first), torch.stack(second) if second else None
-
-
-def _stack_images(views: Views) -> Tensor:
-    return torch.stack([to_tensor(view) for view in views])
 
 
 def _decode_cell(cell: dict[str, Any], where: str) -> Image.Image:
@@ -190,22 +176,18 @@ def _decode_cell(cell: dict[str, Any], where: str) -> Image.Image:
     return to_rgb(cell["bytes"] or cell["path"], name)
 
 
-def _fit(image: Image.Image, size: int) -> Tensor:
-    return to_tensor(resize_and_center_crop(image, size))
-
-
 def decode_into_memory(images: StreamedImages, title: str, progress: bool) -> InMemoryImages:
     """Decode everything once, in threads (Pillow releases the interpreter while it decodes).
 
     With `skip_broken` broken images are left out. `title` is for the progress bar and for messages.
     """
-    count, size = len(images), images.size
+    count, size, labels = len(images), images.size, images.labels
     pixels = torch.empty(count, 3, size, size, dtype=torch.uint8)
     problems: dict[int, str] = {}
 
     def decode(row: int, cell: dict[str, Any]) -> None:
         try:
-            pixels[row] = _fit(_decode_cell(cell, f"row {row} of {title}"), size)
+            pixels[row] = square_tensor(_decode_cell(cell, f"row {row} of {title}"), size)
         except CareHubError as error:
             if not images.skip_broken:
                 raise CareHubError(f"{error} {ADVICE}") from error
@@ -216,9 +198,8 @@ def decode_into_memory(images: StreamedImages, title: str, progress: bool) -> In
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, count, 1000):
             cells = images.rows[start : start + 1000]["image"]
-            list(pool.map(decode, range(start, start + len(cells)), cells))
-            bar.update(len(cells))
-    labels = images.labels
+            for _ in pool.map(decode, range(start, count), cells):
+                bar.update()
     if problems:
         good = torch.tensor([row not in problems for row in range(count)])
         pixels, labels = pixels[good], None if labels is None else labels[good]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import CareHubError
-from .decode import center_offset, find_images, resize_and_center_crop, resized_shape, to_rgb, to_tensor
+from .decode import center_offset, find_images, resized_shape, square_tensor, to_rgb
 
 
 def as_items(images: Any) -> Tensor | Sequence[Any]:
@@ -26,26 +26,17 @@ def as_items(images: Any) -> Tensor | Sequence[Any]:
     (8, 8, 3)
     """
     if isinstance(images, Tensor):
-        _check_tensor(images)
+        if images.ndim not in (3, 4) or images.shape[-3] != 3:
+            raise CareHubError(f"image tensors must be (N, 3, H, W) or (3, H, W), got {tuple(images.shape)}.")
+        if images.dtype != torch.uint8 and images.numel() and not 0 <= images.min() <= images.max() <= 1:
+            raise CareHubError("a float image tensor must lie in [0, 1]; the encoder normalizes it itself.")
         return images if images.ndim == 4 else images[None]
     if isinstance(images, str | Path) and Path(images).is_dir():
         return find_images(images)
-    if isinstance(images, str | Path | Image.Image | bytes | dict):
-        return [images]
-    if isinstance(images, np.ndarray) and images.ndim != 4:
+    one = isinstance(images, str | Path | Image.Image | bytes | dict)
+    if one or (isinstance(images, np.ndarray) and images.ndim != 4):
         return [images]
     return images if hasattr(images, "__getitem__") and hasattr(images, "__len__") else list(images)
-
-
-def _check_tensor(images: Tensor) -> None:
-    if images.ndim not in (3, 4) or images.shape[-3] != 3:
-        raise CareHubError(f"an image tensor must be (N, 3, H, W) or (3, H, W), got {tuple(images.shape)}.")
-    if images.dtype == torch.uint8 or not images.numel():
-        return
-    if not 0 <= float(images.min()) <= float(images.max()) <= 1:
-        raise CareHubError(
-            "a float image tensor must lie in [0, 1]; normalization is the encoder's own business."
-        )
 
 
 def decode_batches(
@@ -61,24 +52,27 @@ def decode_batches(
     batch is decoded ahead, in threads, while the consumer works on the last. `on_broken` is called with the
     error of an image that can't be decoded, and zeros take its place; without it the error is raised.
     """
-    if len(items) == 0:
-        return
     if isinstance(items, Tensor):
-        for x in items.split(batch_size):
-            yield _resize_tensor(x, size, crop_pct), []
+        yield from ((_resize_tensor(x, size, crop_pct), []) for x in items.split(batch_size) if len(x))
         return
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-
-        def submit(start: int) -> list[Future[Tensor]]:
-            batch = items[start : start + batch_size]
-            return [pool.submit(decode_item, item, size, crop_pct) for item in batch]
-
-        ahead = submit(0)
-        for start in range(batch_size, len(items), batch_size):
-            decoded = [_result(future, on_broken) for future in ahead]
-            ahead = submit(start)
-            yield _stack(decoded, size)
-        yield _stack([_result(future, on_broken) for future in ahead], size)
+        futures = (
+            [pool.submit(decode_item, item, size, crop_pct) for item in items[start : start + batch_size]]
+            for start in range(0, len(items), batch_size)
+        )
+        ahead = next(futures, None)
+        while ahead:
+            batch, broken = torch.zeros(len(ahead), 3, size, size, dtype=torch.uint8), []
+            for place, future in enumerate(ahead):
+                try:
+                    batch[place] = future.result()
+                except CareHubError as error:
+                    if on_broken is None:
+                        raise
+                    on_broken(error)
+                    broken.append(place)
+            ahead = next(futures, None)
+            yield batch, broken
 
 
 def decode_item(item: Any, size: int, crop_pct: float) -> Tensor:
@@ -87,33 +81,15 @@ def decode_item(item: Any, size: int, crop_pct: float) -> Tensor:
         return (_resize_tensor(item[None], size, crop_pct)[0] * 255).round().byte()
     if isinstance(item, dict):  # an undecoded cell of `datasets`
         item = item.get("bytes") or item.get("path")
-    return to_tensor(resize_and_center_crop(to_rgb(item), size, crop_pct))
-
-
-def _result(future: Future[Tensor], on_broken: Callable[[CareHubError], None] | None) -> Tensor | None:
-    try:
-        return future.result()
-    except CareHubError as error:
-        if on_broken is None:
-            raise
-        on_broken(error)
-        return None
-
-
-def _stack(decoded: list[Tensor | None], size: int) -> tuple[Tensor, list[int]]:
-    """The batch, and the places of broken images (None), which become zeros."""
-    broken = [place for place, x in enumerate(decoded) if x is None]
-    empty = torch.zeros(3, size, size, dtype=torch.uint8)
-    return torch.stack([empty if x is None else x for x in decoded]), broken
+    return square_tensor(to_rgb(item), size, crop_pct)
 
 
 def _resize_tensor(x: Tensor, size: int, crop_pct: float) -> Tensor:
     """(N, 3, H, W) to (N, 3, `size`, `size`), as `decode.resize_and_center_crop` does for images."""
-    height, width = x.shape[-2:]
-    if (height, width) == (size, size):
+    if x.shape[2:] == (size, size):
         return x
     x = x.float() / 255 if x.dtype == torch.uint8 else x
-    width, height = resized_shape(width, height, size, crop_pct)
-    x = F.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    width, height = resized_shape(x.shape[3], x.shape[2], size, crop_pct)
+    x = F.interpolate(x, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
     top, left = center_offset(height, size), center_offset(width, size)
     return x[..., top : top + size, left : left + size]

@@ -31,13 +31,15 @@ SIZES = {"train": 5000, "test": 2000}
 _FINE = 4  # sample points per pixel side
 
 # Corners in the unit disk, x to the right, y down.
-_STAR: Points = [
-    (0.0, -1.0), (0.2245, -0.309), (0.9511, -0.309), (0.3633, 0.118), (0.5878, 0.809),
-    (0.0, 0.382), (-0.5878, 0.809), (-0.3633, 0.118), (-0.9511, -0.309), (-0.2245, -0.309),
-]  # fmt: skip
-_ARROW: Points = [
-    (0.0, -1.0), (0.75, -0.1), (0.28, -0.1), (0.28, 0.95), (-0.28, 0.95), (-0.28, -0.1), (-0.75, -0.1),
-]  # fmt: skip
+_POLYGONS: dict[str, Points] = {
+    "star": [
+        (0.0, -1.0), (0.2245, -0.309), (0.9511, -0.309), (0.3633, 0.118), (0.5878, 0.809),
+        (0.0, 0.382), (-0.5878, 0.809), (-0.3633, 0.118), (-0.9511, -0.309), (-0.2245, -0.309),
+    ],
+    "arrow": [
+        (0.0, -1.0), (0.75, -0.1), (0.28, -0.1), (0.28, 0.95), (-0.28, 0.95), (-0.28, -0.1), (-0.75, -0.1),
+    ],
+}  # fmt: skip
 
 
 def _polygon(x: np.ndarray, y: np.ndarray, corners: Points) -> np.ndarray:
@@ -67,12 +69,10 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (ax < 0.28) & (ay < 0.95)
     if shape == "plus":
         return ((ax < 0.27) & (ay < 0.9)) | ((ay < 0.27) & (ax < 0.9))
-    if shape == "star":
-        return _polygon(x, y, _STAR)
     if shape == "heart":
         lobes = (ax - 0.42) * (ax - 0.42) + (y + 0.32) * (y + 0.32) < 0.2
         return lobes | ((y > -0.32) & (y < 0.9 - 1.42 * ax)) | ((ax < 0.42) & (y > -0.32) & (y < 0.2))
-    return _polygon(x, y, _ARROW)
+    return _polygon(x, y, _POLYGONS[shape])
 
 
 def factors(n: int, seed: int) -> Factors:
@@ -120,29 +120,24 @@ def render(f: Factors) -> np.ndarray:
     for start in range(0, n, 100):  # so that little memory is used
         for label, shape in enumerate(SHAPES):
             rows = start + np.flatnonzero(f["label"][start : start + 100] == label)
-            if len(rows):
-                out[rows] = _render_shape(shape, {name: values[rows] for name, values in f.items()})
+            out[rows] = _render_shape(shape, {name: values[rows, None, None] for name, values in f.items()})
     return out
 
 
 def _render_shape(shape: str, f: Factors) -> np.ndarray:
-    """Images that all show `shape`, antialiased: the share of a pixel's sample points that it covers."""
+    """Images that all show `shape`, antialiased: the share of a pixel's sample points that it covers.
+
+    The factors are (N, 1, 1), which goes with (N, rows, columns).
+    """
     grid = (np.arange(SIDE * _FINE) + 0.5) / _FINE
-    dx = (grid[None, None, :] - _column(f["x"])) / _column(f["size"])
-    dy = (grid[None, :, None] - _column(f["y"])) / _column(f["size"])
-    sine, cosine = _sine_cosine(_column(f["rotation"]))
+    dx, dy = (grid - f["x"]) / f["size"], (grid[:, None] - f["y"]) / f["size"]
+    sine, cosine = _sine_cosine(f["rotation"])
     mask = _inside(shape, cosine * dx - sine * dy, sine * dx + cosine * dy)
     cover = mask.reshape(-1, SIDE, _FINE, SIDE, _FINE).sum(axis=(2, 4))[..., None]
-    palette = np.array(list(COLORS.values()), dtype=np.int64)
-    front = palette[f["color"]][:, None, None, :]
-    back = f["background"][:, None, None, None]
-    total = _FINE * _FINE
+    front = np.array(list(COLORS.values()))[f["color"]]
+    back = f["background"][..., None]
+    total = _FINE**2
     return (back * (total - cover) + front * cover + total // 2) // total
-
-
-def _column(values: np.ndarray) -> np.ndarray:
-    """(N,) to (N, 1, 1), which goes with (N, rows, columns)."""
-    return values[:, None, None]
 
 
 def split_factors(split: str = "train", seed: int = 0) -> Factors:
@@ -155,17 +150,12 @@ def make(split: str = "train", seed: int = 0) -> "datasets.Dataset":
     import datasets
 
     f = split_factors(split, seed)
-    numbers = ("x", "y", "size", "rotation", "background")
     features = {
         "image": datasets.Image(),
         "label": datasets.ClassLabel(names=list(SHAPES)),
         "color": datasets.ClassLabel(names=list(COLORS)),
-        **{name: datasets.Value("float32") for name in numbers},
+        **{name: datasets.Value("float32") for name in ("x", "y", "size", "rotation", "background")},
     }
-    columns = {
-        "image": [Image.fromarray(image) for image in render(f)],
-        "label": f["label"],
-        "color": f["color"],
-        **{name: f[name].astype(np.float32) for name in numbers},
-    }
+    images = [Image.fromarray(image) for image in render(f)]
+    columns = {"image": images, **{name: f[name] for name in features if name in f}}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

@@ -3,18 +3,18 @@
 Small ones are decoded once, into memory; large ones are streamed through loader processes.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
 
 from ..config import DataConfig
 from ..errors import CareHubError, suggest
 from . import shapes
-from .decode import resize_and_center_crop, to_rgb
+from .decode import square_tensor
 from .images import Images, InMemoryImages, StreamedImages, decode_into_memory
 
 if TYPE_CHECKING:
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 Statistics: TypeAlias = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, std
 
-IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Of the channels, as in the public CARE code.
+IMAGENET: Statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+CIFAR100 = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+STL10 = (0.4406, 0.4273, 0.3858), (0.2312, 0.2265, 0.2237)
+
 IN_MEMORY_BYTES = 4 << 30  # larger data sets are streamed
 
 
@@ -39,37 +44,12 @@ class DatasetSpec:
     statistics: Statistics = IMAGENET
 
 
-# Statistics are those of the public CARE code.
 SPECS = {
-    "shapes": DatasetSpec(
-        image="image",
-        label="label",
-        size=32,
-        statistics=((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
-    ),
-    "cifar10": DatasetSpec(
-        hub_id="uoft-cs/cifar10",
-        image="img",
-        label="label",
-        size=32,
-        statistics=((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    ),
-    "cifar100": DatasetSpec(
-        hub_id="uoft-cs/cifar100",
-        image="img",
-        label="fine_label",
-        size=32,
-        statistics=((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    ),
-    "stl10": DatasetSpec(
-        hub_id="jxie/stl10",
-        image="image",
-        label="label",
-        train="train+unlabeled",
-        size=32,
-        statistics=((0.4406, 0.4273, 0.3858), (0.2312, 0.2265, 0.2237)),
-    ),
-    "imagenet100": DatasetSpec(hub_id="clane9/imagenet-100", image="image", label="label"),
+    "shapes": DatasetSpec(size=32, statistics=((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))),
+    "cifar10": DatasetSpec("uoft-cs/cifar10", "img", "label", size=32, statistics=CIFAR10),
+    "cifar100": DatasetSpec("uoft-cs/cifar100", "img", "fine_label", size=32, statistics=CIFAR100),
+    "stl10": DatasetSpec("jxie/stl10", "image", "label", "train+unlabeled", size=32, statistics=STL10),
+    "imagenet100": DatasetSpec("clane9/imagenet-100", "image", "label"),
     "imagefolder": DatasetSpec(image="image", label="label"),
 }
 
@@ -83,11 +63,9 @@ def dataset_spec(name: str) -> DatasetSpec:
     if name in SPECS:
         return SPECS[name]
     if "/" in name:
-        return DatasetSpec(hub_id=name)
-    raise CareHubError(
-        f"there is no data set '{name}'{suggest(name, SPECS)}; choose from {', '.join(SPECS)} "
-        "or give a Hub id like org/name."
-    )
+        return DatasetSpec(name)
+    known = f"{', '.join(SPECS)} or a Hub id like org/name"
+    raise CareHubError(f"there is no data set '{name}'{suggest(name, SPECS)}; choose from {known}.")
 
 
 def load_split(data: DataConfig, split: str, size: int | None = None, progress: bool = True) -> Images | None:
@@ -100,12 +78,7 @@ def load_split(data: DataConfig, split: str, size: int | None = None, progress: 
     >>> load_split(DataConfig("shapes"), "test", progress=False).class_names[:3]
     ['circle', 'ring', 'crescent']
     """
-    spec = _spec_of_size(data, size)
-    if data.dataset_name == "shapes":
-        return _render_shapes(split, spec.size)
-    splits = _read_splits(data, spec)
-    rows = _train_rows(splits, data, spec) if split == "train" else _test_rows(splits, spec)
-    return None if rows is None else _make_images(rows, split, data, spec, progress)
+    return next(_load(data, [split], size, progress), None)
 
 
 def load_splits(
@@ -115,180 +88,106 @@ def load_splits(
 
     A folder is listed once, since that can take minutes.
     """
-    spec = _spec_of_size(data, size)
-    if data.dataset_name == "shapes":
-        return _render_shapes("train", spec.size), _render_shapes("test", spec.size)
-    splits = _read_splits(data, spec)
-    train = _make_images(_train_rows(splits, data, spec), "train", data, spec, progress)
-    rows = _test_rows(splits, spec)
-    return train, None if rows is None else _make_images(rows, "test", data, spec, progress)
+    images = _load(data, ["train", "test"], size, progress)
+    return next(images), next(images, None)
 
 
-def _spec_of_size(data: DataConfig, size: int | None) -> DatasetSpec:
+def _load(data: DataConfig, wanted: list[str], size: int | None, progress: bool) -> Iterator[Images]:
+    """Those of the `wanted` splits that exist."""
     spec = dataset_spec(data.dataset_name)
-    return replace(spec, size=size or spec.size)
+    spec = replace(spec, size=size or spec.size)
+    if data.dataset_name == "shapes":
+        yield from (_render_shapes(split, spec.size) for split in wanted)
+        return
+    splits = _read_splits(data, spec)
+    tests = [name for name in spec.test if name in splits]
+    for split in wanted:
+        names = spec.train.split("+") if split == "train" else tests[:1]
+        if missing := [name for name in names if name not in splits]:
+            known = ", ".join(splits)
+            raise CareHubError(f"data set '{data.dataset_name}' has no split '{missing[0]}'; it has {known}.")
+        if names:
+            yield _make_images([splits[name] for name in names], split, data, spec, progress)
 
 
 def _render_shapes(split: str, size: int) -> InMemoryImages:
     """The embedded data set, without files (`shapes.make` is for users who want it as a table)."""
     factors = shapes.split_factors(split)
-    rendered = shapes.render(factors)
-    if size != shapes.SIDE:
-        resized = [resize_and_center_crop(to_rgb(image), size) for image in rendered]
-        rendered = np.stack([np.asarray(image) for image in resized])
-    pixels = torch.from_numpy(rendered).permute(0, 3, 1, 2).contiguous()
+    images = [square_tensor(Image.fromarray(image), size) for image in shapes.render(factors)]
     columns = {name: torch.from_numpy(values) for name, values in factors.items()}
-    return InMemoryImages(size, columns.pop("label"), list(shapes.SHAPES), pixels, columns=columns)
+    return InMemoryImages(
+        size, columns.pop("label"), list(shapes.SHAPES), torch.stack(images), columns=columns
+    )
 
 
 def _read_splits(data: DataConfig, spec: DatasetSpec) -> "datasets.DatasetDict":
     """All splits of a data set that is not embedded, nothing decoded."""
     import datasets
 
-    _check_place(data, spec)
+    name, root = data.dataset_name, data.data_root
+    if root is None and spec.hub_id is None:
+        raise CareHubError(f"`dataset_name='{name}'` needs `data_root`, the folder of the class folders.")
+    if root is not None and not Path(root).is_dir():
+        raise CareHubError(f"`data_root` '{root}' is not a folder.")
     verbosity = datasets.utils.logging.get_verbosity()
     datasets.utils.logging.set_verbosity_error()
     try:
-        return _load_dataset(data, spec)
+        if root is None or any(Path(root).rglob("*.parquet")):
+            return datasets.load_dataset(str(root or spec.hub_id))
+        if name == "imagenet100":
+            return datasets.load_dataset("imagefolder", data_files=_imagenet100_files(Path(root)))
+        return datasets.load_dataset("imagefolder", data_dir=str(root))
     except CareHubError:
         raise
     except Exception as error:  # the client's many kinds of failure, each with a message
-        hub = f"the Hub ({spec.hub_id}); without a network give a local copy with `data_root`"
-        raise CareHubError(
-            f"data set '{data.dataset_name}' can't be read from {data.data_root or hub}: {_first_line(error)}"
-        ) from error
+        where = root or f"the Hub ({spec.hub_id}); without a network give a local copy with `data_root`"
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CareHubError(f"data set '{name}' can't be read from {where}: {reason}") from error
     finally:
         datasets.utils.logging.set_verbosity(verbosity)
 
 
-def _check_place(data: DataConfig, spec: DatasetSpec) -> None:
-    if data.data_root is None and spec.hub_id is None:
-        raise CareHubError(
-            f"`dataset_name='{data.dataset_name}'` needs `data_root`, the folder that holds one sub-folder "
-            "of images per class."
-        )
-    if data.data_root is not None and not Path(data.data_root).is_dir():
-        raise CareHubError(f"`data_root` '{data.data_root}' is not a folder.")
-
-
-def _load_dataset(data: DataConfig, spec: DatasetSpec) -> "datasets.DatasetDict":
-    """From the Hub, from a folder in the Hub's parquet layout, or from class folders."""
-    from datasets import load_dataset
-
-    if data.data_root is None:
-        return load_dataset(spec.hub_id)
-    root = Path(data.data_root)
-    if any(root.rglob("*.parquet")):
-        return load_dataset(str(root))
-    if data.dataset_name == "imagenet100":
-        return load_dataset("imagefolder", data_files=_imagenet100_files(root))
-    return load_dataset("imagefolder", data_dir=str(root))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _imagenet100_files(root: Path) -> dict[str, list[str]]:
     """The files of ImageNet-100, by split, in class folders named by WordNet ids (of all ImageNet, say)."""
-    wanted = (Path(__file__).parent / "imagenet100.txt").read_text().split()
-
-    def folders(*names: str) -> list[Path]:
-        candidates = [root / name / synset for name in names for synset in wanted]
-        return [folder for folder in candidates if folder.is_dir()]
-
-    train, validation = folders("train"), folders("val", "validation")
-    present = {folder.name for folder in train}
-    missing = [synset for synset in wanted if synset not in present]
-    if missing:
-        raise CareHubError(
-            f"'{root / 'train'}' lacks {len(missing)} of the 100 class folders of ImageNet-100, "
-            f"e.g. {missing[0]}."
-        )
-    found = {"train": train, "validation": validation}
-    return {split: [str(folder / "*") for folder in some] for split, some in found.items() if some}
-
-
-def _train_rows(splits: "datasets.DatasetDict", data: DataConfig, spec: DatasetSpec) -> "datasets.Dataset":
-    from datasets import concatenate_datasets
-
-    names = spec.train.split("+")
-    for name in names:
-        if name not in splits:
-            raise CareHubError(
-                f"data set '{data.dataset_name}' has no split '{name}'; it has {', '.join(splits)}."
-            )
-    return splits[names[0]] if len(names) == 1 else concatenate_datasets([splits[name] for name in names])
-
-
-def _test_rows(splits: "datasets.DatasetDict", spec: DatasetSpec) -> "datasets.Dataset | None":
-    names = [name for name in spec.test if name in splits]
-    return splits[names[0]] if names else None
+    wanted = Path(__file__).with_name("imagenet100.txt").read_text().split()
+    if missing := [synset for synset in wanted if not (root / "train" / synset).is_dir()]:
+        lacking = f"{len(missing)} of the 100 class folders of ImageNet-100, e.g. {missing[0]}"
+        raise CareHubError(f"'{root / 'train'}' lacks {lacking}.")
+    files = {"train": [f"{root}/train/{synset}/*" for synset in wanted]}
+    folders = [root / name / synset for name in ("val", "validation") for synset in wanted]
+    if validation := [f"{folder}/*" for folder in folders if folder.is_dir()]:
+        files["validation"] = validation
+    return files
 
 
 def _make_images(
-    rows: "datasets.Dataset", split: str, data: DataConfig, spec: DatasetSpec, progress: bool
+    parts: list["datasets.Dataset"], split: str, data: DataConfig, spec: DatasetSpec, progress: bool
 ) -> Images:
-    """In memory if they fit, else streamed."""
-    from datasets import Image
+    """All parts together, in memory if they fit, else streamed."""
+    import datasets
 
-    image = _image_column(rows.features, data, spec)
-    label = _label_column(rows.features, data, spec, required=split == "test")
-    labels, class_names = _labels(rows, label)
-    cells = rows.select_columns([image]).rename_columns({image: "image"})
-    images = StreamedImages(
-        size=spec.size,
-        labels=labels,
-        class_names=class_names,
-        rows=cells.cast_column("image", Image(decode=False)),
-        workers=data.num_workers,
-        skip_broken=data.skip_broken_images,
-    )
-    if len(images) * 3 * spec.size**2 > IN_MEMORY_BYTES:
-        images.size = round(spec.size * 8 / 7)
-        return images
-    return decode_into_memory(images, f"{data.dataset_name} {split}", progress)
+    rows = datasets.concatenate_datasets(parts)
+    features = rows.features
+    pixels = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    default = "label" if "label" in features else next(iter(classes), None)
+    image = data.image_column or spec.image or next(iter(pixels), None)
+    label = data.label_column or spec.label or default
+    if label not in features and not data.label_column and split == "train":
+        label = None
+    for kind, column, known in (("image", image, pixels), ("label", label, [None, *features])):
+        if column not in known:
+            lacking = f"data set '{data.dataset_name}' has no {kind} column '{column}'"
+            raise CareHubError(f"{lacking} (its columns: {', '.join(features)}); use `{kind}_column`.")
 
+    labels = class_names = None
+    if label is not None:
+        labels = torch.as_tensor([-1 if value is None else int(value) for value in rows[label]])
+        class_names = features[label].names if label in classes else None
 
-def _image_column(features: "datasets.Features", data: DataConfig, spec: DatasetSpec) -> str:
-    from datasets import Image
-
-    found = [name for name, feature in features.items() if isinstance(feature, Image)]
-    column = data.image_column or spec.image or next(iter(found), None)
-    if column is None or column not in found:
-        raise CareHubError(
-            f"data set '{data.dataset_name}' has no image column '{column}' "
-            f"(its columns: {', '.join(features)}); use `image_column`."
-        )
-    return column
-
-
-def _label_column(
-    features: "datasets.Features", data: DataConfig, spec: DatasetSpec, required: bool
-) -> str | None:
-    """None if there is no label column, and it was neither asked for nor `required`."""
-    from datasets import ClassLabel
-
-    found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    default = "label" if "label" in features else next(iter(found), None)
-    column = data.label_column or spec.label or default
-    if column is None or column in features:
-        return column
-    if data.label_column or required:
-        raise CareHubError(
-            f"data set '{data.dataset_name}' has no label column '{column}' "
-            f"(its columns: {', '.join(features)}); use `label_column`."
-        )
-    return None
-
-
-def _labels(rows: "datasets.Dataset", column: str | None) -> tuple[Tensor | None, list[str] | None]:
-    """The class of each image, -1 where it has none, and the names of the classes."""
-    from datasets import ClassLabel
-
-    if column is None:
-        return None, None
-    feature = rows.features[column]
-    labels = torch.as_tensor([-1 if label is None else int(label) for label in rows[column]])
-    return labels, feature.names if isinstance(feature, ClassLabel) else None
+    rows = rows.select_columns([image]).rename_columns({image: "image"})
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    fits = len(rows) * 3 * spec.size**2 <= IN_MEMORY_BYTES
+    size = spec.size if fits else round(spec.size * 8 / 7)
+    images = StreamedImages(size, labels, class_names, rows, data.num_workers, data.skip_broken_images)
+    return decode_into_memory(images, f"{data.dataset_name} {split}", progress) if fits else images

@@ -1,10 +1,12 @@
 """Attribute probes: how well a linear map reads from embeddings what augmentations change."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from ..augment import center_crop, luma
-from ..data.images import Images, InMemoryImages
+from ..augment import luma
+from ..data.images import InMemoryImages
 from ..encoder import SPACES, Encoder
 from ..metrics import r_squared, topk_accuracy
 from .features import embed_view
@@ -15,18 +17,18 @@ PENALTIES = tuple(10.0**k for k in range(-6, 2))
 SHAPE_FACTORS = ("x", "y", "size", "rotation", "background")
 
 
-def attribute_targets(images: Images, pixels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """({name: (N,) classes}, {name: (N, k) numbers}) of images and their `pixels` (N, 3, S, S) uint8.
+def attribute_targets(images: InMemoryImages) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """({name: (N,) classes}, {name: (N, k) numbers}) of images.
 
-    `shapes`: label and color; position, size and rotation of the shape, and the gray of the background.
-    Other data: the label; of the pixels the mean brightness, its standard deviation (contrast), the mean
-    saturation, and the mean hue as a point in the plane.
+    `shapes`: label and color; position, size and rotation of the shape, the gray of the background.
+    Other data: the label; of the pixels the mean brightness, its standard deviation (contrast), the
+    mean saturation, and the mean hue as a point in the plane.
     """
     classes = {} if images.labels is None else {"label": images.labels}
     if "color" in images.columns:
         numbers = {name: images.columns[name].float()[:, None] for name in SHAPE_FACTORS}
         return classes | {"color": images.columns["color"]}, numbers
-    parts = [_pixel_statistics(x.float() / 255) for x in pixels.split(500)]
+    parts = [_pixel_statistics(x.float() / 255) for x in images.pixels.split(500)]
     return classes, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -63,14 +65,11 @@ def probe_numbers(train: Tensor, numbers: Tensor, test: Tensor, truth: Tensor, s
     Its penalty is the one that does best on a held-out fifth of the training images.
     """
     rest, held_out = validation_split(len(train), seed)
-    quality = {
-        penalty: _ridge_quality(train[rest], numbers[rest], train[held_out], numbers[held_out], penalty)
-        for penalty in PENALTIES
-    }
-    return _ridge_quality(train, numbers, test, truth, max(PENALTIES, key=quality.__getitem__))
+    r2 = partial(_ridge_r2, train[rest], numbers[rest], train[held_out], numbers[held_out])
+    return _ridge_r2(train, numbers, test, truth, max(PENALTIES, key=r2))
 
 
-def _ridge_quality(train: Tensor, numbers: Tensor, test: Tensor, truth: Tensor, penalty: float) -> float:
+def _ridge_r2(train: Tensor, numbers: Tensor, test: Tensor, truth: Tensor, penalty: float) -> float:
     weight, bias = fit_ridge(train, numbers, penalty)
     return r_squared(test.double() @ weight.T + bias, truth.double())
 
@@ -86,20 +85,17 @@ def probe_attributes(
     encoder: Encoder, train: InMemoryImages, test: InMemoryImages, seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """space -> attribute -> R^2 (numbers) or percent (label, color). Labels of -1 are unknown."""
-    size = encoder.config.image_size
-    pixels, test_pixels = (center_crop(images.pixels.cpu(), size) for images in (train, test))
-    classes, numbers = attribute_targets(train, pixels)
-    true_classes, true_numbers = attribute_targets(test, test_pixels)
+    classes, numbers = attribute_targets(train)
+    true_classes, true_numbers = attribute_targets(test)
     results: dict[str, dict[str, float]] = {}
     for space in SPACES if encoder.projection is not None else ("backbone",):
-        x, x_test = (embed_view(encoder, images, space=space) for images in (pixels, test_pixels))
-        results[space] = {}
+        x, x_test = (embed_view(encoder, images.pixels, space=space) for images in (train, test))
+        found = results[space] = {}
         for name, labels in classes.items():
             truth = true_classes[name]
             known, tested = labels >= 0, truth >= 0
             if known.any() and tested.any():
-                top1 = probe_classes(x[known], labels[known], x_test[tested], truth[tested], seed)
-                results[space][name] = top1
+                found[name] = probe_classes(x[known], labels[known], x_test[tested], truth[tested], seed)
         for name, y in numbers.items():
-            results[space][name] = probe_numbers(x, y, x_test, true_numbers[name], seed)
+            found[name] = probe_numbers(x, y, x_test, true_numbers[name], seed)
     return results

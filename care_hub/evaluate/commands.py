@@ -3,18 +3,17 @@
 import json
 import logging
 import shutil
-import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from ..augment import center_crop
 from ..config import DataConfig, EvalConfig
-from ..data.images import Images, InMemoryImages
+from ..data.images import Images
 from ..data.sources import load_splits
 from ..distributed import inference_accelerator
 from ..encoder import Encoder
@@ -30,9 +29,8 @@ from ..metrics import effective_rank, knn_top1
 from ..report.figures import plot_geometry, plot_neighbors
 from .attributes import probe_attributes
 from .equivariance import measure_equivariance, recorded_augmentation
-from .features import embed_all, random_subset
+from .features import embed_all, labeled, random_subset
 from .finetune import finetune
-from .labels import labelled
 from .linear import linear_probe
 
 logger = logging.getLogger(__name__)
@@ -40,39 +38,15 @@ logger = logging.getLogger(__name__)
 PROBE_IMAGES = 5000  # training images of the attribute probes
 
 
-@dataclass(frozen=True)
-class LocatedEncoder:
-    """An encoder, what the user calls it and where it lies."""
-
-    name: str
-    folder: Path
-    encoder: Encoder
-
-    @classmethod
-    def open(cls, name: str, device: torch.device) -> "LocatedEncoder":
-        """Find and load the encoder `name`. Raises CareHubError."""
-        folder = locate(name)
-        return cls(name, folder, Encoder.from_folder(folder).to(device))
-
-    @property
-    def is_local(self) -> bool:
-        """Whether `name` is a folder of the user's, where results may be saved, and not in a cache."""
-        return Path(self.name).is_dir()
-
-    def record(self, kind: str, dataset: str, results: dict[str, Any]) -> None:
-        """Save results beside the encoder and show them in its card."""
-        _record(self.folder, kind, dataset, results)
-
-
-def _record(folder: Path, kind: str, dataset: str, results: dict[str, Any]) -> None:
+def record(folder: Path, kind: str, dataset: str, results: dict[str, Any]) -> None:
+    """Save results beside the encoder in `folder` and show them in its card."""
     add_result(folder, kind, dataset, results)
     write_card(folder)
 
 
 def open_splits(encoder: Encoder, data: DataConfig, accelerator: Accelerator) -> tuple[Images, Images]:
     """Training and test images for `encoder`. Raises CareHubError without a test split."""
-    progress = accelerator.is_main_process
-    train, test = load_splits(data, size=encoder.config.image_size, progress=progress)
+    train, test = load_splits(data, encoder.config.image_size, accelerator.is_main_process)
     if test is None:
         raise CareHubError(f"'{data.dataset_name}' has no test split to measure on.")
     return train, test
@@ -89,24 +63,23 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     target = _target_folder(config, folder)
     accelerator = inference_accelerator()
     encoder = Encoder.from_folder(folder).to(accelerator.device)
-    train, test = labelled(config.dataset_name, *open_splits(encoder, config, accelerator))
+    train, test = labeled(config.dataset_name, *open_splits(encoder, config, accelerator))
     if config.protocol == "finetune":
-        heads, tuned = finetune(encoder, train, test, accelerator, config)
-        tuned.config = replace(tuned.config, projection=None, results={}, finetuned=config.dataset_name)
+        heads, encoder = finetune(encoder, train, test, accelerator, config)
+        encoder.config = replace(encoder.config, projection=None, results={}, finetuned=config.dataset_name)
     else:
-        heads, tuned = linear_probe(encoder, train, test, accelerator, config), None
+        heads = linear_probe(encoder, train, test, accelerator, config)
     if not accelerator.is_main_process:
         return {}
-    if tuned:
-        tuned.save_pretrained(target)
+    if config.protocol == "finetune":
+        encoder.save_pretrained(target)
     elif target.absolute() != folder.absolute():
-        for path in folder.iterdir():
-            if path.is_file():
-                shutil.copy(path, target / path.name)
+        for path in filter(Path.is_file, folder.iterdir()):
+            shutil.copy(path, target)
     if config.label_fraction == 1:
         replace(heads[0], encoder=sha256(target / "model.safetensors")).save(target)
     results = mean_over_seeds(heads)
-    _record(target, "accuracy", config.dataset_name, {config.protocol_name: results})
+    record(target, "accuracy", config.dataset_name, {config.protocol_name: results})
     if config.push_to_hub:
         logger.info(push_export(target, config.push_to_hub))
     return {"encoder": config.encoder, "dataset": config.dataset_name} | results
@@ -115,59 +88,53 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 def _target_folder(config: EvalConfig, folder: Path) -> Path:
     """Where results go, made if need be. Raises CareHubError if an encoder would be lost there."""
     if config.output_dir is None and not Path(config.encoder).is_dir():
-        raise CareHubError(
-            f"'{config.encoder}' is not a folder of yours; say by `output_dir` where to save the results."
-        )
+        raise CareHubError(f"'{config.encoder}' is not a folder of yours; results need an `output_dir`.")
     target = Path(config.output_dir or folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CareHubError(f"the folder '{target}' can't be written ({error.strerror}).") from error
     there = target / "model.safetensors"
-    if there.is_file() and (
-        config.protocol == "finetune" or sha256(there) != sha256(folder / "model.safetensors")
-    ):
-        raise CareHubError(
-            f"'{target}' already contains an encoder, which would be lost; choose another `output_dir`."
-        )
+    if there.is_file() and (config.protocol == "finetune" or sha256(there) != sha256(folder / there.name)):
+        raise CareHubError(f"'{target}' already contains an encoder; choose another `output_dir`.")
     return target
 
 
 def mean_over_seeds(heads: list[LinearHead]) -> dict[str, Any]:
-    """The metrics of the heads of several seeds as one: means of accuracies (with deviations) and seconds."""
+    """The metrics of heads of several seeds as one: means of accuracies (and deviations) and seconds."""
     rows = [head.metrics for head in heads]
     if len(rows) == 1:
         return rows[0]
     results = rows[0] | {"seeds": len(rows)}
     for name in ("top1", "top5"):
         values = [row[name] for row in rows]
-        results[name] = round(statistics.mean(values), 2)
-        results[f"{name}_std"] = round(statistics.stdev(values), 2)
-    results["head_seconds"] = round(statistics.mean(row["head_seconds"] for row in rows), 2)
+        results[name] = round(mean(values), 2)
+        results[f"{name}_std"] = round(stdev(values), 2)
+    results["head_seconds"] = round(mean(row["head_seconds"] for row in rows), 2)
     return results
 
 
 def evaluate_knn(
     source: str, data: DataConfig, k: int = 200, temperature: float = 0.5, bank: int | None = None
 ) -> dict[str, Any]:
-    """`care-hub knn`: weighted kNN top-1 on backbone features; the training images, or `bank` of them, vote.
+    """`care-hub knn`: weighted kNN top-1 on backbone features.
 
-    Saved beside an encoder that is a folder. Returns the result on the main process, and an empty dict on
-    the others. Raises CareHubError.
+    The training images vote, or `bank` of them. Saved beside an encoder that is a folder. Returns the
+    result on the main process, and an empty dict on the others. Raises CareHubError.
     """
     accelerator = inference_accelerator()
-    located = LocatedEncoder.open(source, accelerator.device)
-    train, test = labelled(data.dataset_name, *open_splits(located.encoder, data, accelerator))
+    encoder = Encoder.from_folder(locate(source)).to(accelerator.device)
+    train, test = labeled(data.dataset_name, *open_splits(encoder, data, accelerator))
     if bank and bank < len(train):
         train = train.take(random_subset(len(train), bank))
-    x, queries = (embed_all(located.encoder, s.images, accelerator, "backbone") for s in (train, test))
+    x, queries = (embed_all(encoder, split.images, accelerator, "backbone") for split in (train, test))
     if not accelerator.is_main_process:
         return {}
     top1 = knn_top1(x, train.labels.to(x.device), queries, test.labels.to(x.device), k, temperature)
     results = {"top1": round(top1, 2), "k": k, "temperature": temperature}
     results |= {"n_train": len(train), "n_test": len(test)}
-    if located.is_local:
-        located.record("accuracy", data.dataset_name, {"kNN": results})
+    if Path(source).is_dir():
+        record(locate(source), "accuracy", data.dataset_name, {"kNN": results})
     return {"encoder": source, "dataset": data.dataset_name} | results
 
 
@@ -181,82 +148,62 @@ def evaluate_equivariance(
 ) -> dict[str, dict[str, Any]]:
     """`care-hub equivariance`: rotations by augmentation family, and attribute probes.
 
-    Each of the encoders `names` sees the same `images` test images under the same augmentations; "full
-    recipe" is that of the first. Results are saved beside each encoder that is a folder; tables and figures
-    of all of them in `output`. The main process does it all, alone; the others return an empty dict at once.
-    Raises CareHubError.
+    Each of the encoders `names` sees the same `images` test images under the same augmentations;
+    "full recipe" is that of the first. Results are saved beside each encoder that is a folder; tables
+    and figures of all of them in `output`. The main process does it all, alone; the others return an
+    empty dict at once. Raises CareHubError.
     """
     if output and Path(output).exists() and not Path(output).is_dir():
         raise CareHubError(f"'{output}' is not a folder.")
     accelerator = inference_accelerator()
     if not accelerator.is_main_process:
         return {}
-    encoders = [LocatedEncoder.open(name, accelerator.device) for name in names]
+    encoders = {name: Encoder.from_folder(locate(name)).to(accelerator.device) for name in names}
     _check_comparable(encoders)
-    first = encoders[0].encoder
+    first, dataset = encoders[names[0]], data.dataset_name
     train, test = open_splits(first, data, accelerator)
     train = train.take(random_subset(len(train), PROBE_IMAGES))
     test = test.take(random_subset(len(test), images))
     if len(test) < 4:
-        raise CareHubError(
-            f"'{data.dataset_name}' has {len(test)} test images, too few to fit and measure rotations."
-        )
-    pixels = center_crop(test.pixels, first.config.image_size)
-    augmentation, progress = recorded_augmentation(first.config), sys.stderr.isatty()
+        raise CareHubError(f"'{dataset}' has {len(test)} test images, too few to fit and measure rotations.")
+    config, progress = recorded_augmentation(first.config), sys.stderr.isatty()
     results = {}
-    for located in encoders:
-        encoder = located.encoder
+    for name, encoder in encoders.items():
         found = {
-            "images": len(pixels),
+            "images": len(test),
             "draws": draws,
             "seed": seed,
-            "families": measure_equivariance(encoder, pixels, augmentation, draws, seed, progress=progress),
-            "effective_rank": effective_rank(torch.from_numpy(encoder.encode(pixels))),
+            "families": measure_equivariance(encoder, test.pixels, config, draws, seed, progress=progress),
+            "effective_rank": effective_rank(torch.from_numpy(encoder.encode(test.pixels))),
             "attributes": probe_attributes(encoder, train, test, seed),
         }
-        results[located.name] = rounded(found)
-        if located.is_local:
-            _save_geometry(located, data.dataset_name, results[located.name])
+        results[name] = rounded(found)
+        if Path(name).is_dir():
+            folder = locate(name)
+            plot_geometry({name: results[name]}, folder / f"equivariance.{dataset.replace('/', '--')}.png")
+            record(folder, "equivariance", dataset, results[name])
     if output:
-        _save_comparison(Path(output), encoders, data.dataset_name, results, test)
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"dataset": dataset, "encoders": results}, indent=2)
+        write_text(folder / "equivariance.json", text + "\n")
+        plot_geometry(results, folder / "equivariance.png")
+        plot_neighbors(encoders, test, folder / "neighbors.png")
     return results
 
 
-def _check_comparable(encoders: list[LocatedEncoder]) -> None:
-    sizes = sorted({located.encoder.config.image_size for located in encoders})
+def _check_comparable(encoders: dict[str, Encoder]) -> None:
+    sizes = sorted({encoder.config.image_size for encoder in encoders.values()})
     if len(sizes) > 1:
-        raise CareHubError(
-            f"encoders of {' and '.join(map(str, sizes))} px see different images and can't be compared."
-        )
-    for located in encoders:
-        if located.encoder.projection is None:
-            raise CareHubError(
-                f"'{located.name}' has no projection head, hence no sphere on which rotations could act."
-            )
-
-
-def _save_geometry(located: LocatedEncoder, dataset: str, results: dict[str, Any]) -> None:
-    name = f"equivariance.{dataset.replace('/', '--')}.png"
-    plot_geometry({located.name: results}, located.folder / name)
-    located.record("equivariance", dataset, results)
-
-
-def _save_comparison(
-    folder: Path,
-    encoders: list[LocatedEncoder],
-    dataset: str,
-    results: dict[str, dict[str, Any]],
-    images: InMemoryImages,
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"dataset": dataset, "encoders": results}, indent=2)
-    write_text(folder / "equivariance.json", text + "\n")
-    plot_geometry(results, folder / "equivariance.png")
-    plot_neighbors({e.name: e.encoder for e in encoders}, images, folder / "neighbors.png")
+        words = " and ".join(map(str, sizes))
+        raise CareHubError(f"encoders of {words} px see different images and can't be compared.")
+    for name, encoder in encoders.items():
+        if encoder.projection is None:
+            raise CareHubError(f"'{name}' has no projection head, hence no sphere to rotate.")
 
 
 def rounded(value: Any) -> Any:
-    """Numbers to five significant digits, in whatever they are nested in; None for NaN, unknown to JSON.
+    """Numbers to five significant digits, in whatever they are nested in; None for NaN, not in JSON.
 
     >>> rounded({"error": (0.123456789, float("nan")), "images": 200})
     {'error': [0.12346, None], 'images': 200}

@@ -1,6 +1,6 @@
 """How well one rotation explains what an augmentation does to all embeddings, family by family."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,17 +17,10 @@ from ..errors import CareHubError
 from ..rotation import Rotation, procrustes
 from .features import Augmentation, embed_view
 
-Interval = tuple[float, float, float]  # mean, lower and upper end
+Mean = Callable[[Tensor], Tensor]  # terms of images or pairs -> (B,), under B weightings of the images
 
-NOTHING: dict[str, Any] = {
-    "scale": (1.0, 1.0),
-    "ratio": (1.0, 1.0),
-    "flip": 0.0,
-    "jitter": (0.0, 0.0, 0.0, 0.0),
-    "jitter_p": 0.0,
-    "grayscale": 0.0,
-    "blur": 0.0,
-}
+# Leaves an image as it is.
+NOTHING = AugmentationConfig(scale=(1, 1), ratio=(1, 1), flip=0, jitter_p=0, grayscale=0, blur=0)
 FAMILIES: dict[str, dict[str, Any]] = {
     "crop": {"scale": (0.4, 1.0), "ratio": (3 / 4, 4 / 3)},
     "flip": {"flip": 1.0},
@@ -43,21 +36,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 NOT_RANDOM = {"flip", "grayscale"}  # one of them says it all
 MAX_DEGREES = 30.0
 RESAMPLES = 200
-RECORDED = ("crop_scale", "jitter", "jitter_p", "grayscale", "blur", "blur_kernel_size")
 
 
 def recorded_augmentation(config: EncoderConfig) -> AugmentationConfig:
     """The augmentation that an encoder was trained with, without normalization.
 
-    That of the public code's CIFAR form where it is not recorded. Raises CareHubError for values that
-    can't be.
+    That of the public code's CIFAR form where it is not recorded. Raises CareHubError for values
+    that can't be.
     """
     size, options = config.image_size, config.training
-    if not all(name in options for name in RECORDED):
-        return AugmentationConfig(size)
     try:
         low, width = float(options["crop_scale"]), options["blur_kernel_size"]
-        brightness, contrast, saturation, hue = (float(strength) for strength in options["jitter"])
+        brightness, contrast, saturation, hue = map(float, options["jitter"])
         if not 0 < low <= 1 or width not in range(1, size, 2):
             raise ValueError(f"crop_scale {low}, blur_kernel_size {width}")
         return AugmentationConfig(
@@ -69,10 +59,10 @@ def recorded_augmentation(config: EncoderConfig) -> AugmentationConfig:
             blur=float(options["blur"]),
             blur_kernel_size=int(width),
         )
+    except KeyError:
+        return AugmentationConfig(size)
     except (TypeError, ValueError) as error:
-        raise CareHubError(
-            f"the augmentation recorded with this encoder makes no sense ({error})."
-        ) from error
+        raise CareHubError(f"the augmentation recorded with this encoder makes no sense: {error}.") from error
 
 
 def augmentations(family: str, config: AugmentationConfig, draws: int, seed: int = 0) -> list[Augmentation]:
@@ -83,18 +73,18 @@ def augmentations(family: str, config: AugmentationConfig, draws: int, seed: int
     count = 1 if family in NOT_RANDOM else draws
     if family == "rotation":
         turns = torch.rand(count, generator=seeded_generator(seed, "rotation")) * 2 - 1
-        return [partial(augment.rotate, degrees=degrees) for degrees in (turns * MAX_DEGREES).tolist()]
-    config = replace(config, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    if family != "full recipe":
-        config = replace(config, **{**NOTHING, **FAMILIES[family]})
-    if family == "blur":
-        config = replace(config, blur_kernel_size=max(3, config.size // 10 | 1))
-    return [partial(_augment_alike, config=config, stream=(seed, "equivariance", k)) for k in range(count)]
+        return [partial(augment.rotate, degrees=d) for d in (turns * MAX_DEGREES).tolist()]
+    if family == "full recipe":
+        config = replace(config, mean=NOTHING.mean, std=NOTHING.std)
+    else:
+        kernel_size = max(3, config.size // 10 | 1)
+        config = replace(NOTHING, size=config.size, blur_kernel_size=kernel_size, **FAMILIES[family])
+    return [partial(_augment_alike, config, seed, k) for k in range(count)]
 
 
-def _augment_alike(images: Tensor, config: AugmentationConfig, stream: tuple[int, str, int]) -> Tensor:
+def _augment_alike(config: AugmentationConfig, seed: int, k: int, images: Tensor) -> Tensor:
     height, width = images.shape[2:]
-    params = augment.sample(config, 1, height, width, seeded_generator(*stream))
+    params = augment.sample(config, 1, height, width, seeded_generator(seed, "equivariance", k))
     return augment.apply(images, params.repeat(len(images)), config)
 
 
@@ -102,14 +92,14 @@ def rotation_errors(z: Tensor, views: Iterable[Tensor]) -> dict[str, float]:
     """Rotation error, invariance error, their ratio and the Gram deviation, each a mean over `views`.
 
     `z` (N, d): embeddings of N images; each of `views` (N, d): the same images under one augmentation.
-    The first half fits R in O(d) (Wahba's problem), the second half is measured. The ratio is taken per
-    view, then averaged: 1 means that rotating helps nothing, NaN that nothing moved.
+    The first half fits R in O(d) (Wahba's problem), the second half is measured. The ratio is taken
+    per view, then averaged: 1 means that rotating helps nothing, NaN that nothing moved.
     """
-    weights = torch.ones(1, len(_second_half(z)), dtype=z.dtype)
-    rows = [_view_metrics(z, view, fit_rotation(z, view), weights) for view in views]
+    weights = torch.ones(1, (len(z) + 1) // 2, dtype=z.dtype)
+    mean = partial(metrics.weighted_mean, weights=weights)
+    rows = [_view_metrics(z, view, fit_rotation(z, view), mean) for view in views]
     names = ("rotation_error", "invariance_error", "rotation_invariance_ratio", "gram_deviation")
-    sums = {name: sum((row[name] for row in rows), start=torch.zeros(1, dtype=z.dtype)) for name in names}
-    return {name: (total / len(rows)).item() for name, total in sums.items()}
+    return {name: float(sum(row[name] for row in rows) / len(rows)) for name in names}
 
 
 def fit_rotation(z: Tensor, view: Tensor, special: bool = False) -> Tensor:
@@ -121,30 +111,27 @@ def fit_rotation(z: Tensor, view: Tensor, special: bool = False) -> Tensor:
     return procrustes(z[:half], view[:half], special).to(z.dtype)
 
 
-def _second_half(z: Tensor) -> Tensor:
-    return z[len(z) // 2 :]
+def _second_half(*embeddings: Tensor) -> list[Tensor]:
+    return [z[len(z) // 2 :] for z in embeddings]
 
 
-def _view_metrics(z: Tensor, view: Tensor, r: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Each metric on the second half, under each row of `weights` (B, N - N // 2); `r`: the fitted map."""
-    before, after = _second_half(z), _second_half(view)
-    mean = partial(metrics.weighted_mean, weights=weights)
+def _view_metrics(z: Tensor, view: Tensor, r: Tensor, mean: Mean) -> dict[str, Tensor]:
+    """Each metric on the second half; `r`: the fitted map."""
+    before, after = _second_half(z, view)
     found = {"invariance_error": mean(metrics.invariance(before, after))}
     proper = r if torch.linalg.det(r.double()) > 0 else fit_rotation(z, view, special=True)
     for name, fitted in (("rotation", r), ("special_rotation", proper)):
-        found[f"{name}_error"] = mean(metrics.residual(before, after, fitted))
-        ratio = metrics.ratio(found[f"{name}_error"], found["invariance_error"])
-        found[f"{name}_invariance_ratio"] = ratio
+        error = found[f"{name}_error"] = mean(metrics.residual(before, after, fitted))
+        found[f"{name}_invariance_ratio"] = metrics.ratio(error, found["invariance_error"])
     found["gamma"] = mean(metrics.relative_equivariance(before, after))
     found["gram_deviation"] = mean(metrics.gram_deviation(before, after))
     found["variance"] = mean(metrics.variance(after))
     return found
 
 
-def _retrieval_metrics(z: Tensor, view: Tensor, r: Tensor, weights: Tensor, seed: int) -> dict[str, Tensor]:
-    """How often R f(x) finds f(ax) among all views; beside it f(x) itself and a random rotation of it."""
-    before, after = _second_half(z), _second_half(view)
-    mean = partial(metrics.weighted_mean, weights=weights)
+def _retrieval_metrics(z: Tensor, view: Tensor, r: Tensor, mean: Mean, seed: int) -> dict[str, Tensor]:
+    """How often R f(x) finds f(ax) among all views, and how often f(x) or a random rotation of it does."""
+    before, after = _second_half(z, view)
     random = Rotation.random(z.shape[1], seed)
     found = {}
     for suffix, queries in {"": before @ r.T, "_unrotated": before, "_random": random(before)}.items():
@@ -155,16 +142,13 @@ def _retrieval_metrics(z: Tensor, view: Tensor, r: Tensor, weights: Tensor, seed
     return found
 
 
-def _composition_metrics(
-    z: Tensor, both: Tensor, r_a: Tensor, r_b: Tensor, weights: Tensor
-) -> dict[str, Tensor]:
+def _composition_metrics(z: Tensor, both: Tensor, r_a: Tensor, r_b: Tensor, mean: Mean) -> dict[str, Tensor]:
     """R_b R_a in place of R_ba, for the view b(a(x))."""
-    before, after = _second_half(z), _second_half(both)
-    mean = partial(metrics.weighted_mean, weights=weights)
+    before, after = _second_half(z, both)
     error = metrics.composition_error(fit_rotation(z, both), r_b, r_a)
     composed = mean(metrics.residual(before, after, r_b @ r_a))
     return {
-        "composition_error": torch.full((len(weights),), error, dtype=z.dtype),
+        "composition_error": torch.full_like(composed, error),
         "composition_residual": composed,
         "composition_invariance_ratio": metrics.ratio(composed, mean(metrics.invariance(before, after))),
     }
@@ -178,48 +162,36 @@ def measure_equivariance(
     seed: int = 0,
     families: Iterable[str] = FAMILIES,
     progress: bool = False,
-) -> dict[str, dict[str, Interval]]:
+) -> dict[str, dict[str, tuple[float, float, float]]]:
     """family -> metric -> (mean, lower, upper end of a 95 % bootstrap interval over images and draws).
 
-    `images` (N, 3, S, S) uint8 of the encoder's size: rotations are fitted on the first half and stay as
-    they are, the second half is measured. Compositions b(a(x)) are those of an augmentation and the one
-    before it, for every fourth one. A ratio to a motion of nothing (flipping twice) is NaN.
+    `images` (N, 3, S, S) uint8 of the encoder's size: rotations are fitted on the first half and stay
+    as they are, the second half is measured. Compositions b(a(x)) are those of an augmentation and the
+    one before it, for every fourth one. A ratio to a motion of nothing (flipping twice) is NaN.
     """
     z = embed_view(encoder, images)
-    weights = metrics.bootstrap_weights(len(_second_half(z)), RESAMPLES, seeded_generator(seed, "bootstrap"))
+    weights = metrics.bootstrap_weights((len(z) + 1) // 2, RESAMPLES, seeded_generator(seed, "bootstrap"))
+    mean = partial(metrics.weighted_mean, weights=weights)
     sampled = {family: augmentations(family, augmentation, draws, seed) for family in families}
-    total = sum(len(steps) for steps in sampled.values())
+    total = sum(map(len, sampled.values()))
+    bar = tqdm(total=total, unit="view", desc="augmenting", disable=not progress, leave=False)
     results = {}
-    with tqdm(total=total, unit="view", desc="augmenting", disable=not progress, leave=False) as bar:
-        for family, steps in sampled.items():
-            rows = []
-            for row in _step_metrics(encoder, images, z, steps, weights):
-                rows.append(row)
-                bar.update()
-            results[family] = _intervals(rows, seed, family)
+    for family, steps in sampled.items():
+        rows, fitted = [], []
+        for k, step in enumerate(steps):
+            view = embed_view(encoder, images, step)
+            fitted.append(fit_rotation(z, view))
+            row = _view_metrics(z, view, fitted[k], mean)
+            row |= _retrieval_metrics(z, view, fitted[k], mean, seed=k)
+            if k % 4 == 3 or k == len(steps) - 1:  # a single one is composed with itself
+                both = embed_view(encoder, images, steps[k - 1], step)
+                row |= _composition_metrics(z, both, fitted[k - 1], fitted[k], mean)
+            rows.append(row)
+            bar.update()
+        stacks = {name: torch.stack([row[name] for row in rows if name in row]) for name in rows[-1]}
+        results[family] = {
+            name: metrics.bootstrap_interval(stack, seeded_generator(seed, "bootstrap", family))
+            for name, stack in stacks.items()
+        }
+    bar.close()
     return results
-
-
-def _step_metrics(
-    encoder: Encoder, images: Tensor, z: Tensor, steps: Sequence[Augmentation], weights: Tensor
-) -> Iterator[dict[str, Tensor]]:
-    """The metrics of each of `steps`; those of compositions with every fourth and the last."""
-    fitted: list[Tensor] = []
-    for k, step in enumerate(steps):
-        view = embed_view(encoder, images, step)
-        fitted.append(fit_rotation(z, view))
-        row = _view_metrics(z, view, fitted[k], weights)
-        row |= _retrieval_metrics(z, view, fitted[k], weights, seed=k)
-        if k % 4 == 3 or k == len(steps) - 1:  # a single one is composed with itself
-            both = embed_view(encoder, images, steps[k - 1], step)
-            row |= _composition_metrics(z, both, fitted[k - 1], fitted[k], weights)
-        yield row
-
-
-def _intervals(rows: list[dict[str, Tensor]], seed: int, family: str) -> dict[str, Interval]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    stacks = {name: torch.stack([row[name] for row in rows if name in row]) for name in names}
-    return {
-        name: metrics.bootstrap_interval(stack, seeded_generator(seed, "bootstrap", family))
-        for name, stack in stacks.items()
-    }

@@ -1,6 +1,7 @@
-"""Embeddings of whole data sets and of augmented views."""
+"""Labeled splits and parts of data sets; embeddings of whole data sets and of augmented views."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -9,6 +10,7 @@ from torch import Tensor
 from ..augment import center_crop, seeded_generator
 from ..data.images import Images
 from ..encoder import Encoder
+from ..errors import CareHubError
 
 Augmentation = Callable[[Tensor], Tensor]  # (N, 3, S, S) floats in [0, 1] -> the same
 CHUNK = 500  # images that are embedded at once
@@ -49,9 +51,50 @@ def embed_view(encoder: Encoder, images: Tensor, *steps: Augmentation, space: st
 
 
 def random_subset(count: int, wanted: int, seed: int = 0) -> Tensor:
-    """At most `wanted` indices of `count` images, in random order: data sets are often sorted by class.
+    """At most `wanted` indices of `count` images, in random order: many data sets are sorted by class.
 
     >>> random_subset(5, 2).tolist() == random_subset(5, 2).tolist()
     True
     """
     return torch.randperm(count, generator=seeded_generator(seed, "images"))[:wanted]
+
+
+def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Ascending indices of a random `fraction` of the images of each class, at least one of each.
+
+    >>> label_subset(torch.tensor([0, 0, 0, 0, 1]), 0.5, seed=0).shape
+    torch.Size([3])
+    """
+    order = torch.randperm(len(labels), generator=seeded_generator(seed, "subset"))
+    parts = [order[labels[order] == c] for c in labels.unique()]
+    return torch.cat([part[: max(1, round(fraction * len(part)))] for part in parts]).sort().values
+
+
+@dataclass(frozen=True)
+class LabeledImages:
+    """Images of one split with their classes, all known."""
+
+    images: Images
+    labels: Tensor  # (N,) int64, from 0
+    class_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> "LabeledImages":
+        """The images `index`, decoded and in memory."""
+        return LabeledImages(self.images.take(index), self.labels[index], self.class_names)
+
+
+def labeled(dataset: str, train: Images, test: Images) -> tuple[LabeledImages, LabeledImages]:
+    """Both splits without images of unknown label (-1). Raises CareHubError where none is known."""
+    if train.labels is None or test.labels is None or not (train.labels >= 0).any():
+        raise CareHubError(f"this needs labels in a training and a test split, which '{dataset}' lacks.")
+    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    names = train.class_names or [str(k) for k in range(classes)]
+    return _known(LabeledImages(train, train.labels, names)), _known(LabeledImages(test, test.labels, names))
+
+
+def _known(split: LabeledImages) -> LabeledImages:
+    known = split.labels >= 0
+    return split if known.all() else split.take(known.nonzero()[:, 0])

@@ -1,12 +1,12 @@
 """Linear probes: multinomial logistic regression on features of a frozen encoder."""
 
 import time
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, Adam
 
 from .. import augment
 from ..augment import seeded_generator
@@ -17,26 +17,15 @@ from ..errors import CareHubError
 from ..hub.linear_head import LinearHead
 from ..metrics import topk_accuracy
 from .equivariance import recorded_augmentation
-from .features import embed_all
-from .labels import ClassificationSplit, label_subset
+from .features import LabeledImages, embed_all, label_subset
 
 WeightAndBias = tuple[Tensor, Tensor]  # (C, d), (C,)
 
 # Candidates for the weight of |W|^2 / 2 beside the mean cross-entropy, the strongest first.
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 FEW = 1000  # with fewer labels than this every fifth of them is held out in turn to choose the penalty
-
-
-class Schedule(NamedTuple):
-    """Settings of a probe trained by gradient descent."""
-
-    lr: float
-    weight_decay: float
-    batch_size: int
-
-
-# Those of the public code: adam for CIFAR and STL-10, sgd for ImageNet-100.
-PUBLISHED = {"adam": Schedule(1e-3, 1e-6, 512), "sgd": Schedule(10.0, 0.0, 128)}
+# (lr, weight decay, batch size) of the public code: adam for CIFAR and STL-10, sgd for ImageNet-100.
+PUBLISHED = {"adam": (1e-3, 1e-6, 512), "sgd": (10.0, 0.0, 128)}
 # sgd: a tenth of the rate from each of these fractions of the epochs on (the tenth is MoCo's).
 LR_STEPS = (0.3, 0.4, 0.5, 0.6)
 
@@ -58,9 +47,7 @@ def fit_linear(
     x = (features - mean) / std
     weight, bias = start or (x.new_zeros(classes, x.shape[1]), x.new_zeros(classes))
     weight, bias = (weight * std).requires_grad_(), (bias + weight @ mean).requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=steps, history_size=20, line_search_fn="strong_wolfe"
-    )
+    optimizer = LBFGS([weight, bias], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -83,20 +70,18 @@ def validation_split(count: int, seed: int, fold: int = 0) -> tuple[Tensor, Tens
 def choose_penalty(
     features: Tensor, labels: Tensor, classes: int, seed: int = 0
 ) -> tuple[float, WeightAndBias]:
-    """The penalty that does best on a held-out fifth of the training images, and a start for fitting with it.
+    """The penalty that does best on a held-out fifth of the training images, and a start for the fit.
 
     Where images are few, each fifth is held out in turn. The test split is never seen.
     """
     scores = dict.fromkeys(PENALTIES, 0.0)
     solutions: dict[float, WeightAndBias] = {}
     for fold in range(5 if len(features) < FEW else 1):
-        indices = validation_split(len(features), seed, fold)
-        rest, held_out = (index.to(features.device) for index in indices)
+        rest, held_out = (i.to(features.device) for i in validation_split(len(features), seed, fold))
         solution = None
         for penalty in PENALTIES:  # the solution of each is near that of the next
-            solution = fit_linear(features[rest], labels[rest], classes, penalty, 40, solution)
+            weight, bias = solution = fit_linear(features[rest], labels[rest], classes, penalty, 40, solution)
             solutions[penalty] = solution
-            weight, bias = solution
             scores[penalty] += topk_accuracy(features[held_out] @ weight.T + bias, labels[held_out], 1)
     best = max(PENALTIES, key=scores.__getitem__)
     return best, solutions[best]
@@ -105,22 +90,26 @@ def choose_penalty(
 def fit_best(features: Tensor, labels: Tensor, classes: int, seed: int = 0) -> tuple[Tensor, Tensor, float]:
     """(weight, bias, penalty): `fit_linear` with the penalty of `choose_penalty`."""
     penalty, start = choose_penalty(features, labels, classes, seed)
-    weight, bias = fit_linear(features, labels, classes, penalty, start=start)
-    return weight, bias, penalty
+    return *fit_linear(features, labels, classes, penalty, start=start), penalty
 
 
 def fit_sgd(copies: Tensor, labels: Tensor, classes: int, config: EvalConfig, seed: int = 0) -> WeightAndBias:
     """(weight, bias) by the published schedule on raw features (K, N, d): epoch e sees copy e mod K."""
-    published = PUBLISHED[config.optimizer]
-    lr, epochs = config.lr or published.lr, config.epochs or 1
-    head = _random_head(copies.shape[2], classes, seed).to(copies.device)
-    optimizer = _published_optimizer(config.optimizer, head, lr)
+    lr, decay, batch_size = PUBLISHED[config.optimizer]
+    lr, epochs = config.lr or lr, config.epochs or 1
+    with torch.random.fork_rng(devices=[]):  # the global generator stays as it was
+        torch.default_generator.manual_seed(seed)
+        head = nn.Linear(copies.shape[2], classes).to(copies.device)
+    if config.optimizer == "adam":
+        optimizer: Adam | SGD = Adam(head.parameters(), lr, weight_decay=decay)
+    else:
+        optimizer = SGD(head.parameters(), lr, momentum=0.9, weight_decay=decay)
     for epoch in range(epochs):
         if config.optimizer == "sgd":
             passed = sum(epoch >= fraction * epochs for fraction in LR_STEPS)
             optimizer.param_groups[0]["lr"] = lr * 0.1**passed
         order = torch.randperm(len(labels), generator=seeded_generator(seed, "probe", epoch))
-        for index in order.to(copies.device).split(published.batch_size):
+        for index in order.to(copies.device).split(batch_size):
             loss = F.cross_entropy(head(copies[epoch % len(copies), index]), labels[index])
             optimizer.zero_grad()
             loss.backward()
@@ -128,28 +117,14 @@ def fit_sgd(copies: Tensor, labels: Tensor, classes: int, config: EvalConfig, se
     return head.weight.detach(), head.bias.detach()
 
 
-def _random_head(inputs: int, classes: int, seed: int) -> nn.Linear:
-    """As torch initializes it after `torch.manual_seed(seed)`; the global generator stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return nn.Linear(inputs, classes)
-
-
-def _published_optimizer(name: str, head: nn.Linear, lr: float) -> torch.optim.Optimizer:
-    decay = PUBLISHED[name].weight_decay
-    if name == "adam":
-        return torch.optim.Adam(head.parameters(), lr=lr, weight_decay=decay)
-    return torch.optim.SGD(head.parameters(), lr=lr, momentum=0.9, weight_decay=decay)
-
-
 def linear_probe(
     encoder: Encoder,
-    train: ClassificationSplit,
-    test: ClassificationSplit,
+    train: LabeledImages,
+    test: LabeledImages,
     accelerator: Accelerator,
     config: EvalConfig,
 ) -> list[LinearHead]:
-    """A head for each seed. Features are computed once, by all processes, with the encoder in eval mode.
+    """A head for each seed, on features that all processes compute once, with the encoder in eval mode.
 
     Raises CareHubError if the encoder is not the same to the last bit afterwards.
     """
@@ -159,17 +134,21 @@ def linear_probe(
     if config.label_fraction < 1:  # the other images are not even embedded
         used = torch.cat(subsets).unique()
         train, subsets = train.take(used), [torch.searchsorted(used, subset) for subset in subsets]
-    copies = _training_features(encoder, train.images, accelerator, config.augmented_copies)
-    x_test = embed_all(encoder, test.images, accelerator, "backbone").float()
+    if config.augmented_copies:
+        numbers = range(config.augmented_copies)
+        copies = torch.stack([augmented_features(encoder, train.images, accelerator, k) for k in numbers])
+    else:
+        copies = embed_all(encoder, train.images, accelerator, "backbone")[None]
+    x_test = embed_all(encoder, test.images, accelerator, "backbone")
     if encoder.fingerprint != before:
-        raise CareHubError("the encoder changed while its features were computed; a frozen encoder must not.")
+        raise CareHubError("the encoder changed while its features were computed; it must be frozen.")
     y, classes = train.labels.to(copies.device), len(train.class_names)
     features_seconds = round(time.perf_counter() - began, 1)
 
     heads = []
     for seed, subset in zip(seeds, subsets, strict=True):
         began, index = time.perf_counter(), subset.to(copies.device)
-        metrics: dict[str, Any] = {"protocol": config.protocol, "seed": seed}
+        metrics = {"protocol": config.protocol, "seed": seed}
         if config.protocol == "lbfgs":
             weight, bias, metrics["penalty"] = fit_best(copies[0, index], y[index], classes, seed)
         else:
@@ -181,20 +160,13 @@ def linear_probe(
     return heads
 
 
-def _training_features(encoder: Encoder, images: Images, accelerator: Accelerator, augmented: int) -> Tensor:
-    """(K, N, d): features of the images as they are (K = 1), or of K = `augmented` augmentations of them."""
-    if not augmented:
-        return embed_all(encoder, images, accelerator, "backbone").float()[None]
-    return torch.stack([augmented_features(encoder, images, accelerator, k) for k in range(augmented)])
-
-
 def top_accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """top1 and top5 in percent, rounded as they are reported."""
     return {f"top{k}": round(topk_accuracy(logits, labels.to(logits.device), k), 2) for k in (1, 5)}
 
 
 def augmented_features(encoder: Encoder, images: Images, accelerator: Accelerator, copy: int) -> Tensor:
-    """(N, d): backbone features of every image under an augmentation of its own, copy number `copy`.
+    """(N, d): backbone features of every image under an augmentation of its own, number `copy`.
 
     The augmentation is the one that the encoder was trained with.
     """
@@ -205,4 +177,4 @@ def augmented_features(encoder: Encoder, images: Images, accelerator: Accelerato
     def view(x: Tensor, index: Tensor) -> Tensor:
         return augment.apply(x, params.rows(index), config)
 
-    return embed_all(encoder, images, accelerator, "backbone", view=view).float()
+    return embed_all(encoder, images, accelerator, "backbone", view=view)

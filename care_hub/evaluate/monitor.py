@@ -2,7 +2,6 @@
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from ..augment import AugmentationConfig, center_crop, seeded_generator
 from ..config import TrainConfig
@@ -22,7 +21,7 @@ def knn_bank(config: TrainConfig, images: Images) -> Images | None:
     """
     if images.labels is None or not (images.labels >= 0).any():
         return None
-    known = (images.labels >= 0).nonzero().squeeze(1)
+    known = (images.labels >= 0).nonzero()[:, 0]
     if len(known) == len(images) <= config.knn_bank:
         return images
     order = torch.randperm(len(known), generator=seeded_generator(config.seed, "bank"))
@@ -42,19 +41,11 @@ def knn_monitor(
     None for all of them without labels or a test split.
     """
     bank = knn_bank(config, train)
-    if bank is None or test is None or test.labels is None:
+    if bank is None or bank.labels is None or test is None or test.labels is None:
         return [None] * len(columns)
-    features, queries = (embed_all(encoder, images, accelerator, "backbone") for images in (bank, test))
-    answers: list[float | None] = []
-    for column in columns:
-        known, truth = (_column(images, column).to(features.device) for images in (bank, test))
-        answers.append(knn_top1(features, known, queries, truth))
-    return answers
-
-
-def _column(images: Images, name: str) -> Tensor:
-    columns = images.columns if images.labels is None else images.columns | {"label": images.labels}
-    return columns[name]
+    x, queries = (embed_all(encoder, images, accelerator, "backbone") for images in (bank, test))
+    known, truth = bank.columns | {"label": bank.labels}, test.columns | {"label": test.labels}
+    return [knn_top1(x, known[name].to(x.device), queries, truth[name].to(x.device)) for name in columns]
 
 
 def final_results(
@@ -80,8 +71,7 @@ def final_results(
         images = test or train
         subset = images.take(random_subset(len(images), FINAL_IMAGES))
         pixels = center_crop(subset.pixels, augmentation.size)
-        steps = augmentations("full recipe", augmentation, draws=16)
-        views = (embed_view(encoder, pixels, step) for step in steps)
+        views = (embed_view(encoder, pixels, a) for a in augmentations("full recipe", augmentation, 16))
         results |= rotation_errors(embed_view(encoder, pixels), views)
     accelerator.wait_for_everyone()
     return {k: round(v, 4) for k, v in results.items() if v is not None and v == v}

@@ -1,9 +1,11 @@
 """The model card: README.md of an export, written from what the folder contains.
 
-Only the part between two markers and the metadata that care_hub knows are replaced; what users wrote stays.
+Only the part between two markers and the metadata that care_hub knows are replaced; what users
+wrote stays.
 """
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +19,10 @@ from ..metrics import FINAL_METRICS, METRICS
 from ..models import SMALL
 from .evaluation_record import Record, read_record
 from .export import folder_lock, read_config, write_text
-from .linear_head import LinearHead, head_files
+from .linear_head import LinearHead, read_heads
 
 BEGIN, END = "<!-- written by care_hub: begin -->", "<!-- written by care_hub: end -->"
+OURS = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
 TAGS = ["care_hub", "timm", "equivariance", "self-supervised-learning", "contrastive-learning"]
 FAMILY_METRICS = ("rotation_invariance_ratio", "gram_deviation", "hit_at_1", "hit_at_1_unrotated")
 
@@ -35,19 +38,17 @@ def write_card(folder: Path, name: str | None = None) -> Path:
 def card_text(folder: Path, name: str | None = None, before: str | None = None) -> str:
     """The card of the export in `folder`.
 
-    `name`: the Hub id or registry name under which the encoder will be found, by default the folder itself.
-    `before`: the text of the card that this one replaces elsewhere, on the Hub. What users wrote into it and
-    into the card in `folder` stays. Raises CareHubError for a folder whose files can't be read.
+    `name`: the Hub id or registry name under which the encoder will be found, by default the folder
+    itself. `before`: the text of the card that this one replaces elsewhere, on the Hub. What users
+    wrote into it and into the card in `folder` stays. Raises CareHubError for a folder whose files
+    can't be read.
     """
     path = folder / "README.md"
     local = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-    config, _ = read_config(folder)
-    heads, record = [LinearHead.load(path) for path in head_files(folder)], read_record(folder)
-    rows, title = accuracies(config, heads, record), _title(config, name)
-    body = _body(folder, name, title, config, heads, rows, record.get("equivariance", {}))
-    text = _merged(before or local, _metadata(config, title, rows), body)
+    text = _merged(before or local, *_written(folder, name))
     if before and local:
-        missing = [part for part in _outside(_split(local)[1]).split("\n\n") if part.strip() not in text]
+        theirs = "\n\n".join(part.strip() for part in _split(local)[1])
+        missing = [part for part in theirs.split("\n\n") if part.strip() not in text]
         text = "\n\n".join([text.rstrip(), *missing]) + "\n"
     return text
 
@@ -56,45 +57,28 @@ def _merged(before: str | None, data: ModelCardData, body: str) -> str:
     """A card with `data` and `body` in place of those in `before`, of which the rest stays."""
     values, content = data.to_dict(), f"{BEGIN}\n{body}\n{END}"
     if before:
-        theirs, rest = _split(before)
+        theirs, parts = _split(before)
         tags = [*TAGS, *(tag for tag in theirs.get("tags") or [] if tag not in TAGS)]
         license = theirs.get("license", data.license)  # the user's to choose
         values = theirs | values | {"tags": tags, "license": license}
-        content = _replaced(rest, content)
+        content = content.join(parts) if len(parts) > 1 else f"{parts[0]}\n\n{content}".lstrip()
     return f"---\n{ModelCardData(**values, ignore_metadata_errors=True).to_yaml()}\n---\n\n{content}\n"
 
 
-def _split(text: str) -> tuple[dict[str, Any], str]:
-    """A card's metadata and its text; text alone, all of it, where the metadata is not valid YAML."""
-    try:
+def _split(text: str) -> tuple[dict[str, Any], list[str]]:
+    """A card's metadata, and its text before and after the markers: one text where there are none.
+
+    All of `text` is text where the metadata is not valid YAML.
+    """
+    values: dict[str, Any] = {}
+    with suppress(ValueError, TypeError, yaml.YAMLError):
         card = ModelCard(text, ignore_metadata_errors=True)
-        return card.data.to_dict(), card.text.strip()
-    except (ValueError, TypeError, yaml.YAMLError):
-        return {}, text.strip()
-
-
-def _marked(text: str) -> tuple[int, int] | None:
-    """Where the part between the markers, with them, begins and ends; None where there is none."""
-    start, stop = text.find(BEGIN), text.find(END)
-    return (start, stop + len(END)) if 0 <= start < stop else None
-
-
-def _outside(text: str) -> str:
-    """What is not between the markers."""
-    if place := _marked(text):
-        return text[: place[0]].rstrip() + "\n\n" + text[place[1] :].lstrip()
-    return text
-
-
-def _replaced(text: str, ours: str) -> str:
-    """`text` with `ours` in place of the part between the markers; at the end where there are none."""
-    if place := _marked(text):
-        return text[: place[0]] + ours + text[place[1] :]
-    return f"{text}\n\n{ours}" if text else ours
+        values, text = card.data.to_dict(), card.text
+    return values, OURS.split(text.strip(), maxsplit=1)
 
 
 class Row(NamedTuple):
-    """An accuracy in per cent."""
+    """An accuracy in percent."""
 
     dataset: str
     title: str
@@ -103,26 +87,24 @@ class Row(NamedTuple):
 
 
 def accuracies(config: EncoderConfig, heads: list[LinearHead], record: Record) -> list[Row]:
-    """Accuracies that evaluation commands recorded, else those of the heads and of the end of training.
+    """Accuracies that evaluation commands recorded, else those of heads and of the end of training.
 
-    Their order does not depend on when they were measured: the data set of the training comes first, and of
-    each data set kNN.
+    Their order does not depend on when they were measured: the data set of the training comes
+    first, and of each data set kNN.
     """
     trained, recorded = config.dataset or "unknown", record.get("accuracy", {})
-    found: dict[str, dict[str, dict[str, Any]]] = {trained: {}}
-    for key, label in (("knn_top1", "kNN"), ("knn_color_top1", "kNN, color")):
-        if key in config.results:
-            found[trained][label] = {"top1": config.results[key]}
+    found = {
+        (trained, label): {"top1": config.results[key]}
+        for key, label in (("knn_top1", "kNN"), ("knn_color_top1", "kNN, color"))
+        if key in config.results
+    }
     for head in heads:
         if head.dataset not in recorded and head.metrics.get("protocol") != "finetune":
-            found.setdefault(head.dataset, {})["linear probe"] = head.metrics
+            found[head.dataset, "linear probe"] = head.metrics
     for dataset, by_label in recorded.items():
-        found.setdefault(dataset, {}).update(by_label)
-    rows = []
-    for dataset in sorted(found, key=lambda dataset: (dataset != trained, dataset)):
-        for label in sorted(found[dataset], key=lambda label: (not label.startswith("kNN"), label)):
-            rows += _rows(dataset, label, found[dataset][label])
-    return rows
+        found |= {(dataset, label): metrics for label, metrics in by_label.items()}
+    order = sorted(found, key=lambda at: (at[0] != trained, at[0], not at[1].startswith("kNN"), at[1]))
+    return [row for at in order for row in _rows(*at, found[at])]
 
 
 def _rows(dataset: str, label: str, metrics: dict[str, Any]) -> list[Row]:
@@ -133,17 +115,40 @@ def _rows(dataset: str, label: str, metrics: dict[str, Any]) -> list[Row]:
         notes.append(f"± {metrics['top1_std']:.2f} over {metrics['seeds']} seeds")
     if "n_train" in metrics:
         notes.append(f"{metrics['n_train']:,} training images")
-    note = {"top1": ", ".join(notes)}
     return [
-        Row(dataset, f"{label} {METRICS[key].title}{space}", metrics[key], note.get(key, ""))
-        for key in ("top1", "top5")
+        Row(dataset, f"{label} {METRICS[key].title}{space}", metrics[key], note)
+        for key, note in (("top1", ", ".join(notes)), ("top5", ""))
         if key in metrics
     ]
 
 
-def _title(config: EncoderConfig, name: str | None) -> str:
+def _written(folder: Path, name: str | None) -> tuple[ModelCardData, str]:
+    """What care_hub writes: the metadata, and the part between the markers (card.md, filled in)."""
+    config, _ = read_config(folder)
+    heads, record = read_heads(folder), read_record(folder)
+    rows = accuracies(config, heads, record)
     parts = (config.model, config.method or "CARE", config.dataset or "unknown")
-    return name.split("/")[-1] if name else "-".join(parts).replace("/", "-")
+    title = name.split("/")[-1] if name else "-".join(parts).replace("/", "-")
+    final = [METRICS[key] for key in FINAL_METRICS if key in config.results]
+    environment = Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|")
+    template = environment.from_string((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
+    text = template.render(
+        config=config,
+        name=name,
+        folder=folder,
+        title=title,
+        stem=config.model in SMALL,
+        figures=sorted(folder.glob("*.png")),
+        heads=heads,
+        rows=rows,
+        final=[metric for metric in final if metric.unit != "%"],
+        family_metrics=FAMILY_METRICS,
+        families=record.get("equivariance", {}),
+        metrics=METRICS,
+        settings=yaml.safe_dump(plain_values(config.training), sort_keys=False).strip(),
+    )
+    return _metadata(config, title, rows), re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def _metadata(config: EncoderConfig, title: str, rows: list[Row]) -> ModelCardData:
@@ -177,67 +182,3 @@ def _hub_id(dataset: str | None) -> str | None:
     if dataset in SPECS:
         return SPECS[dataset].hub_id
     return dataset if dataset and "/" in dataset else None
-
-
-def _body(
-    folder: Path,
-    name: str | None,
-    title: str,
-    config: EncoderConfig,
-    heads: list[LinearHead],
-    rows: list[Row],
-    equivariance: dict[str, dict[str, Any]],
-) -> str:
-    """The part between the markers: card.md, filled in."""
-    environment = Environment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|")
-    template = environment.from_string((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
-    source, final = name or str(folder), [METRICS[key] for key in FINAL_METRICS if key in config.results]
-    text = template.render(
-        config=config,
-        title=title,
-        source=source,
-        timm_finds_it=name is None or "/" in name,  # unlike a name in our registry
-        timm_source=f"hf-hub:{name}" if name else f"local-dir:{folder}",
-        stem=config.model in SMALL,
-        figures=sorted(folder.glob("*.png")),
-        heads=heads,
-        rows=[(row.dataset, row.title, f"{row.value:.2f}", row.note) for row in rows],
-        final=[(m.title, f"{config.results[m.key]:.4f}", m.meaning) for m in final if m.unit != "%"],
-        families={dataset: _families(found) for dataset, found in equivariance.items()},
-        settings=yaml.safe_dump(plain_values(config.training), sort_keys=False).strip()
-        if config.training
-        else "",
-    )
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
-
-
-def _families(found: dict[str, Any]) -> dict[str, Any]:
-    """What `care-hub equivariance` measured, as cells: a row per family, and a row per attribute."""
-    families, spaces = found["families"], found["attributes"]
-    return {
-        "images": found["images"],
-        "draws": found["draws"],
-        "head": ["augmentation", *(_with_unit(METRICS[key].title, key, ", ") for key in FAMILY_METRICS)],
-        "rows": [
-            [name, *(_interval(of.get(key)) for key in FAMILY_METRICS)] for name, of in families.items()
-        ],
-        "spaces": ["", *spaces],
-        "attributes": [
-            [name, *(_with_unit(f"{values[name]:.3g}", name) for values in spaces.values())]
-            for name in next(iter(spaces.values()))
-        ],
-    }
-
-
-def _interval(interval: list[float | None] | None) -> str:
-    """A mean with its 95 % interval, "-" where it was not measured."""
-    if interval is None or interval[0] is None:
-        return "-"
-    mean, low, high = interval
-    return f"{mean:.3g} ({low:.3g} to {high:.3g})"
-
-
-def _with_unit(text: str, key: str, between: str = " ") -> str:
-    """`text` about the metric `key` with "%", if it is in per cent."""
-    return f"{text}{between}%" if key in METRICS and METRICS[key].unit == "%" else text

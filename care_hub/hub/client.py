@@ -3,11 +3,12 @@
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import HfApi, errors, get_token
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, if not in __all__
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in __all__
 
 from .. import __version__
 from ..errors import CareHubError
@@ -19,17 +20,27 @@ FILES = [
     "linear_head.*.safetensors",
     "evaluation.json",
 ]
-NESTED = ["*/*", "*\\*"]  # an export has no sub-folders; whatever a repository hides in some is not fetched
+NESTED = ["*/*", "*\\*"]  # an export has no sub-folders; what a repository has in some is not fetched
 RETRY_SECONDS = (1, 3)
 LOG_IN = "the Hub does not know you: log in with `hf auth login`, or set HF_TOKEN to a valid token."
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+SENTENCES = {
+    errors.RevisionNotFoundError: "'{repo_id}' has no revision '{revision}'.",
+    errors.LocalTokenNotFoundError: LOG_IN,
+    errors.GatedRepoError: "'{repo_id}' is gated; ask for access on its page and `hf auth login`.",
+    errors.RepositoryNotFoundError: "there is no repository '{repo_id}' on the Hub that you may see; "
+    "a private one needs a token (`hf auth login` or HF_TOKEN).",
+    errors.LocalEntryNotFoundError: "'{repo_id}' is not whole in the cache and the Hub can't be reached "
+    "(or offline mode is on).",
+    errors.OfflineModeIsEnabled: "the Hub is needed for '{repo_id}' and HF_HUB_OFFLINE is set.",
+    errors.HFValidationError: "'{repo_id}' is not a name for a Hub repository: {reason}",
+}
 Result = TypeVar("Result")
 
 
 def make_client(token: str | None = None) -> HfApi:
     """A Hub client that reads HF_ENDPOINT now, not when huggingface_hub was imported."""
-    endpoint = os.environ.get("HF_ENDPOINT")
-    return HfApi(endpoint, token=token, library_name="care_hub", library_version=__version__)
+    return HfApi(os.environ.get("HF_ENDPOINT"), token, library_name="care_hub", library_version=__version__)
 
 
 def fetch(
@@ -39,23 +50,20 @@ def fetch(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The cached folder with the export in repository `repo_id`; only an export's own files are fetched.
+    """The cached folder with the export in repository `repo_id`; only its own files are fetched.
 
-    Raises CareHubError if there is no such repository or revision, if it contains no safetensors export, and
-    if the Hub can't be reached and the cache does not have it all.
+    Raises CareHubError if there is no such repository or revision, if it contains no safetensors
+    export, and if the Hub can't be reached and the cache does not have it all.
     """
-    client = make_client(token)
-
-    def download() -> str:
-        return client.snapshot_download(
-            repo_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            allow_patterns=FILES,
-            ignore_patterns=NESTED,
-        )
-
+    download = partial(
+        make_client(token).snapshot_download,
+        repo_id,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        allow_patterns=FILES,
+        ignore_patterns=NESTED,
+    )
     folder = Path(ask(download, repo_id, token, revision))
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise CareHubError(
@@ -74,9 +82,7 @@ def check_push(repo_id: str, token: str | None = None) -> None:
         known = ", ".join(filter(None, names))
         raise CareHubError(f"your Hub token can't write to '{repo_id}'; its names are {known}.")
     if ((me.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-        raise CareHubError(
-            "your Hub token may only read; make one that may write, at huggingface.co/settings/tokens."
-        )
+        raise CareHubError("your Hub token may only read; make one that may write, at hf.co/settings/tokens.")
 
 
 def check_name(repo_id: str) -> None:
@@ -86,25 +92,20 @@ def check_name(repo_id: str) -> None:
             raise errors.HFValidationError("it must look like org/name")
         validate_repo_id(repo_id)
     except errors.HFValidationError as error:
-        reason = " ".join(str(error).split())
-        raise CareHubError(f"'{repo_id}' is not a name for a Hub repository: {reason}") from error
+        raise CareHubError(_sentence(error, repo_id, None)) from error
 
 
 def find_repositories(author: str | None = None) -> list[str]:
     """Ids of the repositories on the Hub (of `author`) that carry this library's tag."""
-    client = make_client()
-
-    def find() -> list[str]:
-        return [model.id for model in client.list_models(filter="care_hub", author=author)]
-
-    return ask(find, "the list of models", None)
+    find = partial(make_client().list_models, filter="care_hub", author=author)
+    return ask(lambda: [model.id for model in find()], "the list of models", None)
 
 
 def ask(call: Callable[[], Result], repo_id: str, token: str | None, revision: str | None = None) -> Result:
     """`call()`, again after a pause where the Hub or the connection failed.
 
-    Raises CareHubError for whatever the client raises. Its message names `repo_id` and `revision`, and never
-    contains `token`.
+    Raises CareHubError for whatever the client raises. Its message names `repo_id` and `revision`,
+    and never contains `token`.
     """
     pauses = iter(RETRY_SECONDS)
     while True:
@@ -126,34 +127,19 @@ def _is_transient(error: BaseException) -> bool:
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code == 429 or response.status_code >= 500
-    if isinstance(error, ConnectionError | TimeoutError):
-        return True
-    if type(error).__module__.split(".")[0] in HTTP_LIBRARIES:
+    library = type(error).__module__.split(".")[0]
+    if isinstance(error, ConnectionError | TimeoutError) or library in HTTP_LIBRARIES:
         return True
     return error.__cause__ is not None and _is_transient(error.__cause__)
 
 
 def _sentence(error: BaseException, repo_id: str, revision: str | None) -> str:
     """What went wrong, and what to do."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"'{repo_id}' has no revision '{revision}'."
-    if isinstance(error, errors.LocalTokenNotFoundError):
-        return LOG_IN
-    if isinstance(error, errors.GatedRepoError):
-        return f"'{repo_id}' is gated; ask for access on its page, and log in with `hf auth login`."
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"there is no repository '{repo_id}' on the Hub that you may see; "
-            "a private one needs a token (`hf auth login` or HF_TOKEN)."
-        )
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return f"'{repo_id}' is not whole in the cache and the Hub can't be reached (or offline mode is on)."
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"the Hub is needed for '{repo_id}' and offline mode is on (HF_HUB_OFFLINE)."
-    if isinstance(error, errors.HFValidationError):
-        return f"'{repo_id}' is not a name for a Hub repository: {reason}"
+    for kind, sentence in SENTENCES.items():
+        if isinstance(error, kind):
+            return sentence.format(repo_id=repo_id, revision=revision, reason=reason)
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
         return LOG_IN
     if status == 403:

@@ -1,36 +1,37 @@
-"""evaluation.json beside an encoder: what was measured of these very weights, by kind and data set."""
+"""evaluation.json beside an encoder: what was measured of its very weights, by kind and data set."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from .export import all_numbers, folder_lock, sha256, write_text
+from .export import READ_ERRORS, check_numbers, folder_lock, sha256, write_text
 
 FILE_NAME = "evaluation.json"
 FORMER_NAMES = {"greyscale": "grayscale", "spread": "variance"}  # of families and measures
-ACCURACY_NUMBERS = ("top1", "top5", "top1_std", "seeds", "n_train")
 Record = dict[str, dict[str, Any]]  # kind ("accuracy" or "equivariance") -> data set -> results
 
 
 def read_record(folder: Path) -> Record:
     """kind -> data set -> results; what had another name in former versions comes under today's.
 
-    Empty where nothing is recorded, where it was measured of other weights than those in `folder`, and where
-    the file is no record of this program: it may be a stranger's.
+    Empty where nothing is recorded, where it was measured of other weights than those in `folder`,
+    and where the file is no record of this program: it may be a stranger's.
     """
     try:
         stored = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
         if stored["encoder"] != sha256(folder / "model.safetensors"):
             return {}
         return _checked(stored["results"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except READ_ERRORS:
         return {}
 
 
 def _checked(results: Record) -> Record:
-    """`results` under the names of today; one of the errors that `read_record` catches if they are none."""
+    """`results` under today's names. Raises READ_ERRORS unless numbers are where they belong."""
     for found in results.get("equivariance", {}).values():
-        _rename(found)
+        if "kept" in found:
+            found["attributes"] = found.pop("kept")
+        found["families"] = _renamed({name: _renamed(of) for name, of in found["families"].items()})
         _check_equivariance(found)
     for by_label in results.get("accuracy", {}).values():
         for metrics in by_label.values():
@@ -38,20 +39,11 @@ def _checked(results: Record) -> Record:
     return results
 
 
-def _rename(found: dict[str, Any]) -> None:
-    """Give the parts of equivariance results their names of today."""
-    if "kept" in found:
-        found["attributes"] = found.pop("kept")
-    families = {name: _renamed(measures) for name, measures in found["families"].items()}
-    found["families"] = _renamed(families)
-
-
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
     return {FORMER_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def _check_equivariance(found: dict[str, Any]) -> None:
-    """Raise ValueError or TypeError unless there are numbers where numbers belong."""
     spaces = found["attributes"].values()
     if len({tuple(space) for space in spaces}) != 1:
         raise ValueError("other attributes in one space than in the other")
@@ -60,20 +52,19 @@ def _check_equivariance(found: dict[str, Any]) -> None:
         for mean, low, high in measures.values():
             if (mean, low, high) != (None, None, None):
                 numbers += [mean, low, high]
-    if not all_numbers(numbers):
-        raise TypeError("a number is missing")
+    check_numbers(numbers)
 
 
 def check_accuracy(metrics: dict[str, Any]) -> None:
-    """Raise TypeError or AttributeError unless there are numbers in `metrics` where numbers belong."""
-    if not all_numbers(metrics.get(name, 0) for name in ACCURACY_NUMBERS):
-        raise TypeError("a number is missing")
+    """Raise TypeError or AttributeError unless `metrics` has numbers where numbers belong."""
+    check_numbers(metrics.get(name, 0) for name in ("top1", "top5", "top1_std", "seeds", "n_train"))
 
 
 def add_result(folder: Path, kind: str, dataset: str, results: dict[str, Any]) -> None:
     """Put `results` into the record of `folder`, beside others of this kind and data set.
 
-    Any number of processes may do so at the same time. It leaves the card alone: see `card.write_card`.
+    Any number of processes may do so at the same time. It leaves the card alone: see
+    `card.write_card`.
     """
     with folder_lock(folder):
         record = read_record(folder)

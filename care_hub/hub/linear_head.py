@@ -1,20 +1,20 @@
-"""Linear heads on frozen features: one file for each data set, beside the encoder they were trained on."""
+"""Linear heads on frozen features: a file for each data set, beside the encoder they belong to."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import CareHubError
 from .evaluation_record import check_accuracy
-from .export import folder_lock, sha256, write_tensors, write_text
+from .export import READ_ERRORS, folder_lock, read_tensors, sha256, write_tensors, write_text
 
-PREFIX, SUFFIX = "linear_head.", ".safetensors"
-READ_ERRORS = (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError)
+PREFIX = "linear_head."
+Features = TypeVar("Features", Tensor, np.ndarray)
 
 
 @dataclass
@@ -31,81 +31,58 @@ class LinearHead:
     weight: Tensor  # (C, d)
     bias: Tensor  # (C,)
     class_names: list[str]
-    metrics: dict[str, Any]  # top1 and top5 in per cent, n_train, n_test, and how it was trained
+    metrics: dict[str, Any]  # top1 and top5 in percent, n_train, n_test, and how it was trained
     encoder: str = ""  # sha256 of the backbone's model.safetensors
 
-    @overload
-    def __call__(self, features: Tensor) -> Tensor: ...
-    @overload
-    def __call__(self, features: np.ndarray) -> np.ndarray: ...
-
-    def __call__(self, features: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    def __call__(self, features: Features) -> Features:
         """(N, d) -> logits (N, C); tensor or array, as it came."""
         if isinstance(features, np.ndarray):
             return features @ self.weight.numpy().T + self.bias.numpy()
         return features @ self.weight.to(features).T + self.bias.to(features)
 
     def save(self, folder: str | Path) -> Path:
-        """Write linear_head.<dataset>.safetensors into `folder`, and its sha256 into a config.json there."""
+        """Write linear_head.<dataset>.safetensors into `folder`, its sha256 into a config.json there."""
         path = Path(folder) / head_file_name(self.dataset)
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"dataset": self.dataset, "encoder": self.encoder}
         metadata |= {"class_names": json.dumps(self.class_names), "metrics": json.dumps(self.metrics)}
         tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
+        config = path.with_name("config.json")
         with folder_lock(path.parent):
             write_tensors(path, tensors, metadata)
-            _record_sum(path)
+            if config.is_file():
+                values = json.loads(config.read_text(encoding="utf-8"))
+                values["care"].setdefault("sha256", {})[path.name] = sha256(path)
+                write_text(config, json.dumps(values, indent=2) + "\n")
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> "LinearHead":
         """Read one file.
 
-        Raises CareHubError if it is not a head, is cut short, or belongs to other backbone weights than
-        those beside it.
+        Raises CareHubError if it is not a head, is cut short, or belongs to other backbone weights
+        than those beside it.
         """
         path = Path(path)
+        tensors = read_tensors(path)
         try:
-            head = cls._read(path)
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+            weight, bias = tensors["weight"].float(), tensors["bias"].float()
+            names, metrics = json.loads(about["class_names"]), json.loads(about["metrics"])
+            if not isinstance(names, list):
+                raise TypeError(f"class_names {names!r:.50}")
+            check_accuracy(metrics)
+            head = cls(about["dataset"], weight, bias, names, metrics, about.get("encoder", ""))
         except READ_ERRORS as error:
             raise CareHubError(f"'{path}' is not a linear head of care_hub ({error}).") from error
-        head._check(path)
-        return head
-
-    @classmethod
-    def _read(cls, path: Path) -> "LinearHead":
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            weight, bias = file.get_tensor("weight").float(), file.get_tensor("bias").float()
-        names, metrics = json.loads(about["class_names"]), json.loads(about["metrics"])
-        if not isinstance(names, list):
-            raise TypeError(f"class_names {names!r:.50}")
-        check_accuracy(metrics)
-        return cls(about["dataset"], weight, bias, names, metrics, about.get("encoder", ""))
-
-    def _check(self, path: Path) -> None:
-        """Raise CareHubError if what `path` contains does not fit together, or the backbone beside it."""
-        weight, bias = tuple(self.weight.shape), tuple(self.bias.shape)
-        if len(weight) != 2 or bias != weight[:1] or len(self.class_names) != weight[0]:
-            raise CareHubError(
-                f"'{path}' contradicts itself: {weight}, {bias}, {len(self.class_names)} classes."
-            )
-        if not (self.weight.isfinite().all() and self.bias.isfinite().all()):
-            raise CareHubError(f"'{path}' contains values that are not finite numbers.")
+        shape, bias_shape, classes = tuple(weight.shape), tuple(bias.shape), len(names)
+        if len(shape) != 2 or bias_shape != shape[:1] or classes != shape[0]:
+            raise CareHubError(f"'{path}' contradicts itself: {shape}, {bias_shape}, {classes} classes.")
         backbone = path.parent / "model.safetensors"
-        if self.encoder and backbone.is_file() and sha256(backbone) != self.encoder:
-            raise CareHubError(
-                f"'{path}' was trained on other weights than the model.safetensors beside it; train it again."
-            )
-
-
-def _record_sum(path: Path) -> None:
-    """Put the sha256 of `path` into the config.json beside it, if there is one."""
-    config = path.parent / "config.json"
-    if config.is_file():
-        values = json.loads(config.read_text(encoding="utf-8"))
-        values["care"].setdefault("sha256", {})[path.name] = sha256(path)
-        write_text(config, json.dumps(values, indent=2) + "\n")
+        if head.encoder and backbone.is_file() and sha256(backbone) != head.encoder:
+            raise CareHubError(f"'{path}' was trained on other weights than '{backbone}'; train it again.")
+        return head
 
 
 def head_file_name(dataset: str) -> str:
@@ -114,16 +91,17 @@ def head_file_name(dataset: str) -> str:
     >>> head_file_name("org/pets")
     'linear_head.org--pets.safetensors'
     """
-    return PREFIX + dataset.replace("/", "--") + SUFFIX
+    return f"{PREFIX}{dataset.replace('/', '--')}.safetensors"
 
 
 def head_files(folder: Path) -> list[Path]:
     """The files of all linear heads in an export folder, sorted."""
-    return sorted(folder.glob(f"{PREFIX}*{SUFFIX}"))
+    return sorted(folder.glob(f"{PREFIX}*.safetensors"))
 
 
-def _dataset_of(path: Path) -> str:
-    return path.name.removeprefix(PREFIX).removesuffix(SUFFIX).replace("--", "/")
+def read_heads(folder: Path) -> list[LinearHead]:
+    """All linear heads in an export folder. Raises CareHubError for one that is damaged."""
+    return [LinearHead.load(path) for path in head_files(folder)]
 
 
 def find_head(folder: Path, dataset: str | None, source: str | Path) -> LinearHead:
@@ -131,11 +109,10 @@ def find_head(folder: Path, dataset: str | None, source: str | Path) -> LinearHe
 
     `source`: what the user calls the encoder. Raises CareHubError where there is no such head.
     """
-    files = {_dataset_of(path): path for path in head_files(folder)}
+    files = {path.stem.removeprefix(PREFIX).replace("--", "/"): path for path in head_files(folder)}
     if dataset is None and len(files) == 1:
-        return LinearHead.load(*files.values())
+        [dataset] = files
     if dataset not in files:
         what = f"for '{dataset}'" if dataset else "without saying for which data set"
-        known = ", ".join(files) or "none"
-        raise CareHubError(f"'{source}' has no linear head {what}; it has: {known}.")
+        raise CareHubError(f"'{source}' has no linear head {what}; it has: {', '.join(files) or 'none'}.")
     return LinearHead.load(files[dataset])

@@ -1,4 +1,4 @@
-"""An export folder to a repository on the Hub. (That it loads is checked by `factory.push_export`.)"""
+"""An export folder to a repository on the Hub. That it loads is checked by `factory.push_export`."""
 
 from fnmatch import fnmatch
 from pathlib import Path
@@ -22,12 +22,12 @@ def push_folder(
     create_pr: bool = False,
     commit_message: str | None = None,
 ) -> str:
-    """Upload an export folder with a card for `repo_id`; returns the address of the commit or pull request.
+    """Upload an export folder with a card for `repo_id`; returns the address of commit or pull request.
 
-    The folder stays as it is. What users wrote into the repository's README or into the folder's, outside
-    of the card's markers, is in the new one. Unchanged files are not sent again, so a push that broke off
-    is finished by pushing once more. `private` is for a new repository; `revision` is a branch, created if
-    need be. Raises CareHubError.
+    The folder stays as it is. What users wrote into the repository's README or into the folder's,
+    outside of the card's markers, is in the new one. Unchanged files are not sent again, so a push
+    that broke off is finished by pushing once more. `private` is for a new repository; `revision`
+    is a branch, created if need be. Raises CareHubError.
     """
     folder = export_folder(folder)
     check_name(repo_id)
@@ -40,29 +40,18 @@ def push_folder(
     card = card_text(folder, repo_id, before)
 
     def commit() -> CommitInfo:
+        # Made anew for each attempt, since the client marks what it has sent.
+        files = [CommitOperationAdd("README.md", card.encode())]
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in [*FILES, "*.png"]):
+                files.append(CommitOperationAdd(path.name, path))
+        message = commit_message or "Upload a CARE encoder with care_hub"
         return client.create_commit(
-            repo_id,
-            _additions(folder, card),
-            commit_message=commit_message or "Upload a CARE encoder with care_hub",
-            revision=revision,
-            create_pr=create_pr,
+            repo_id, files, commit_message=message, revision=revision, create_pr=create_pr
         )
 
     sent = ask(commit, repo_id, token, revision)
     return sent.pr_url or sent.commit_url
-
-
-def _additions(folder: Path, card: str) -> list[CommitOperationAdd]:
-    """What is uploaded; made anew for each attempt, since the client marks what it has sent."""
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and _is_published(path.name)]
-    return [
-        CommitOperationAdd("README.md", card.encode()),
-        *(CommitOperationAdd(path.name, path) for path in paths),
-    ]
-
-
-def _is_published(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in [*FILES, "*.png"])
 
 
 def _readme(client: HfApi, repo_id: str, revision: str | None) -> str | None:
@@ -72,9 +61,6 @@ def _readme(client: HfApi, repo_id: str, revision: str | None) -> str | None:
     if size is None:
         return None
     if size > README_BYTES:
-        raise CareHubError(
-            f"the README of '{repo_id}' has {size / 2**20:.0f} MB, too large for a model card; "
-            "shorten it first."
-        )
+        raise CareHubError(f"the README of '{repo_id}' has {size >> 20} MB, too much for a card; shorten it.")
     path = client.hf_hub_download(repo_id, "README.md", revision=info.sha)
     return Path(path).read_text(encoding="utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""Figures of results: what an encoder finds similar, how its embeddings rotate, and how it was trained.
+"""Figures of results: what an encoder finds similar, how its embeddings rotate, how it was trained.
 
 A figure's format follows its path: `.png` for model cards, `.svg` for the page of `care-hub report`.
 """
@@ -19,8 +19,9 @@ from ..augment import center_crop
 from ..config import TrainConfig
 from ..data.images import InMemoryImages
 from ..encoder import Encoder
+from ..hub.export import replacement
 from ..metrics import METRICS
-from .tables import title_with_unit
+from .tables import Results, title_with_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, GRID, PAPER = "#1c1f24", "#dde1e6", "#ffffff"
 CURVES = ("loss", "infonce", "equivariance", "knn_top1", "weight", "lr", "images_per_second")
-GEOMETRY = {  # metric -> how to read its panel
+PANELS = {  # metric -> how to read its panel
     "rotation_invariance_ratio": "1: a rotation explains nothing",
     "gram_deviation": "change of inner products",
     "hit_at_1": "hollow: found by f(x) itself",
@@ -38,7 +39,6 @@ GEOMETRY = {  # metric -> how to read its panel
 Runs = dict[str, tuple[list[dict[str, Any]], TrainConfig]]  # name -> rows of metrics.jsonl, options
 
 STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
     "axes.edgecolor": INK,
     "axes.facecolor": PAPER,
     "axes.labelcolor": INK,
@@ -64,14 +64,15 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def _figure(path: Path, width: float, height: float, dpi: int) -> Iterator[Figure]:
-    """A figure of `width` x `height` inches that is written to `path` at the end."""
-    import matplotlib
+    """A figure of `width` x `height` inches that is written to `path` at once, at the end."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
         yield figure
-        figure.savefig(path)
+        with replacement(path) as new:
+            figure.savefig(new, format=path.suffix[1:])
 
 
 def run_colors(names: Iterable[str]) -> dict[str, str]:
@@ -91,15 +92,15 @@ def _printable(name: str) -> str:
 def _legend(figure: Figure, colors: dict[str, str]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=color, marker="o", markersize=5) for color in colors.values()]
+    handles = [Line2D([], [], color=color, marker="o", ms=5) for color in colors.values()]
     labels = ["\u200b" + _printable(name) for name in colors]  # a leading underscore would hide it
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
 
 
 def plot_neighbors(
     encoders: dict[str, Encoder], images: InMemoryImages, path: Path, queries: int = 8, found: int = 9
 ) -> None:
-    """A sheet of query images and, for each of `encoders`, their nearest neighbors among the other `images`.
+    """A sheet of query images and, for each of `encoders`, their nearest neighbors in `images`.
 
     Nearest by cosine, in projection space where there is one. Fewer than two images give no sheet.
     """
@@ -112,20 +113,20 @@ def plot_neighbors(
     gap = max(2, size // 16)
     columns = [asked[:, None], *(_nearest(encoder, pixels, asked, found) for encoder in encoders.values())]
     blocks = [_block(pixels, column, gap) for column in columns]
-    starts = np.cumsum([0, *(block.shape[1] for block in blocks)])[:-1]
+    titles = ["query", *(name or "nearest neighbors, nearest first" for name in encoders)]
     sheet = np.concatenate(blocks, axis=1)
-    width = 2.2 + 6.8 * len(encoders)
+    width, x = 2.2 + 6.8 * len(encoders), 0
     with _figure(path, width, width * sheet.shape[0] / sheet.shape[1] + 0.4, dpi=120) as figure:
         axes = figure.subplots()
         axes.imshow(sheet, interpolation="nearest" if size < 64 else "antialiased")
         axes.set_axis_off()
-        titles = ["query", *(name or "nearest neighbors, nearest first" for name in encoders)]
-        for x, title in zip(starts, titles, strict=True):
+        for title, block in zip(titles, blocks, strict=True):
             axes.text(x, -2 * gap, _printable(title), fontsize=11, va="bottom")
+            x += block.shape[1]
 
 
 def _nearest(encoder: Encoder, pixels: Tensor, asked: Tensor, found: int) -> Tensor:
-    """(Q, found) indices of the images nearest to those at `asked` (Q,), which do not find themselves."""
+    """(Q, found) indices of the images nearest to those at `asked` (Q,), themselves left out."""
     space = "projection" if encoder.projection is not None else "backbone"
     z = torch.cat([F.normalize(encoder.embed(batch, space), dim=1).cpu() for batch in pixels.split(500)])
     similarity = z[asked] @ z.T
@@ -134,23 +135,23 @@ def _nearest(encoder: Encoder, pixels: Tensor, asked: Tensor, found: int) -> Ten
 
 
 def _block(pixels: Tensor, index: Tensor, gap: int) -> np.ndarray:
-    """(H, W, 3) uint8: the images of `index` (rows, columns), white gaps, and a wider one on the right."""
+    """(H, W, 3) uint8: the images of `index` (rows, columns), white gaps, the last one wider."""
     framed = F.pad(pixels[index], (0, gap, 0, gap), value=255)  # (rows, columns, 3, S + gap, S + gap)
     block = framed.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     return F.pad(block, (0, 0, 0, 3 * gap), value=255).numpy()
 
 
 def plot_geometry(
-    results: dict[str, dict[str, Any]],
+    results: Results,
     path: Path,
     colors: dict[str, str] | None = None,
-    metrics: Sequence[str] = tuple(GEOMETRY),
+    metrics: Sequence[str] = tuple(PANELS),
     legend: bool = True,
 ) -> None:
     """A panel for each of `metrics`: mean and 95 % interval by augmentation family and encoder.
 
-    `results`: name -> what `evaluate.commands.evaluate_equivariance` measured. `colors`: of the names
-    (default: `run_colors`). There is no legend for one encoder, or if `legend` is false.
+    `results`: name -> what `evaluate.commands.evaluate_equivariance` measured. `colors`: of the
+    names (default: `run_colors`). There is no legend for one encoder, or if `legend` is false.
     """
     colors = colors or run_colors(results)
     families = list(next(iter(results.values()))["families"])
@@ -159,9 +160,13 @@ def plot_geometry(
         panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
         for axes, metric in zip(panels, metrics, strict=True):
             for k, (name, result) in enumerate(results.items()):
-                y = np.arange(len(families)) + 0.18 * (k - (len(results) - 1) / 2)
-                measured = [result["families"].get(family, {}) for family in families]
-                _plot_families(axes, measured, metric, y, colors[name])
+                y, color = np.arange(len(families)) + 0.18 * (k - (len(results) - 1) / 2), colors[name]
+                mean, low, high = _triples(result, families, metric)
+                axes.hlines(y, low, high, color=color, lw=1.5)
+                if metric == "hit_at_1":
+                    unrotated, _, _ = _triples(result, families, "hit_at_1_unrotated")
+                    axes.plot(unrotated, y, "o", ms=6.5, mfc=PAPER, color=color)
+                axes.plot(mean, y, "o", ms=5, color=color)
             _explain_panel(axes, metric)
         panels[0].set_yticks(range(len(families)), list(map(_printable, families)))
         panels[0].invert_yaxis()
@@ -169,27 +174,18 @@ def plot_geometry(
             _legend(figure, {name: colors[name] for name in results})
 
 
-def _plot_families(
-    axes: Axes, measured: list[dict[str, Any]], metric: str, y: np.ndarray, color: str
-) -> None:
-    mean, low, high = _triples(measured, metric)
-    axes.hlines(y, low, high, color=color, lw=1.5)
-    if metric == "hit_at_1":
-        axes.plot(_triples(measured, "hit_at_1_unrotated")[0], y, "o", ms=6.5, mfc=PAPER, color=color)
-    axes.plot(mean, y, "o", ms=5, color=color)
-
-
-def _triples(measured: list[dict[str, Any]], metric: str) -> np.ndarray:
-    """(3, families): means, lower and upper ends; NaN, of which nothing is shown, where not measured."""
-    return np.array([family.get(metric) or (None, None, None) for family in measured], dtype=float).T
+def _triples(result: dict[str, Any], families: list[str], metric: str) -> np.ndarray:
+    """(3, families): means, lower and upper ends; NaN, which is not shown, where not measured."""
+    measured = [result["families"].get(family, {}).get(metric) for family in families]
+    return np.array([triple or [None] * 3 for triple in measured], dtype=float).T
 
 
 def _explain_panel(axes: Axes, metric: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     better = METRICS[metric].better
-    axes.set_title(title_with_unit(metric))
-    axes.set_xlabel("; ".join(filter(None, [GEOMETRY.get(metric), better and f"{better} is better"])))
+    notes = [PANELS.get(metric), better and f"{better} is better"]
+    axes.set(title=title_with_unit(metric), xlabel="; ".join(filter(None, notes)))
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="x")
@@ -200,25 +196,25 @@ def _explain_panel(axes: Axes, metric: str) -> None:
 def plot_curves(runs: Runs, path: Path, metrics: Sequence[str] = (), legend: bool = True) -> None:
     """A panel for each of `metrics` (default: all that were logged) over the images seen.
 
-    Faint: the steps as they were; strong: their running mean over a fiftieth of the run.
+    Faint: the steps as they were; strong: their running mean over a fiftieth of the run. Nothing
+    logged gives no figure.
     """
     metrics = metrics or logged_metrics(runs)
+    if not metrics:
+        return
     colors = run_colors(runs)
     columns = min(3, len(metrics))
     lines = -(-len(metrics) // columns)
     with _figure(path, 4 * columns, 0.6 + 2.5 * lines, dpi=110) as figure:
-        panels = figure.subplots(lines, columns, squeeze=False).flat
-        for axes, metric in zip(panels, metrics, strict=False):
-            series = {name: curve(rows, config, metric) for name, (rows, config) in runs.items()}
-            for name, (images, values) in series.items():
-                _plot_curve(axes, images, values, colors[name], markers=metric == "knn_top1")
-            if metric == "images_per_second":  # slow first steps and fast outliers would squeeze the rest
-                axes.set_ylim(0, 1.3 * max(np.quantile(v, 0.98) for _, v in series.values() if len(v)))
-            axes.set_title(title_with_unit(metric))
-            axes.set_xlabel("thousand images seen")
+        for k, metric in enumerate(metrics, 1):
+            axes = figure.add_subplot(lines, columns, k)
+            series = {name: xy for name, run in runs.items() if (xy := curve(*run, metric)).size}
+            for name, (x, y) in series.items():
+                _plot_curve(axes, x, y, colors[name], markers=metric == "knn_top1")
+            if metric == "images_per_second":  # slow first steps and outliers would squeeze the rest
+                axes.set_ylim(0, 1.3 * max(np.quantile(y, 0.98) for _, y in series.values()))
+            axes.set(title=title_with_unit(metric), xlabel="thousand images seen")
             axes.grid()
-        for axes in panels[len(metrics) :]:
-            axes.set_axis_off()
         if legend:
             _legend(figure, colors)
 
@@ -237,15 +233,12 @@ def curve(rows: list[dict[str, Any]], config: TrainConfig, metric: str) -> np.nd
     return np.array(known, dtype=float).reshape(-1, 2).T
 
 
-def _plot_curve(
-    axes: Axes, x: np.ndarray, y: np.ndarray, color: str, markers: bool, points: int = 500
-) -> None:
-    """At most `points` points a line, whatever the length of the run."""
+def _plot_curve(axes: Axes, x: np.ndarray, y: np.ndarray, color: str, markers: bool) -> None:
+    """At most 500 points a line, whatever the length of the run."""
     if markers:
         axes.plot(x, y, "o-", ms=4, color=color)
         return
-    stride = max(1, -(-len(x) // points))
+    stride, width = -(-len(x) // 500), max(1, len(y) // 50)
     axes.plot(x[::stride], y[::stride], color=color, lw=0.6, alpha=0.3)
-    width = max(1, len(y) // 50)
-    mean = np.convolve(y, np.ones(width) / width, mode="valid") if len(y) else y
+    mean = np.convolve(y, np.ones(width) / width, mode="valid")
     axes.plot(x[width - 1 :: stride], mean[::stride], color=color, lw=1.6)

@@ -9,10 +9,10 @@ from typing import Any
 
 from ..config import TrainConfig, read_yaml
 from ..errors import CareHubError
-from ..hub.card import accuracies
+from ..hub.card import Row, accuracies
 from ..hub.evaluation_record import read_record
 from ..hub.export import read_config
-from ..hub.linear_head import LinearHead, head_files
+from ..hub.linear_head import read_heads
 
 
 @dataclass
@@ -25,8 +25,7 @@ class Run:
     metrics: list[dict[str, Any]]  # rows of metrics.jsonl
     results: dict[str, float]  # results.json
     versions: dict[str, str] = field(default_factory=dict)  # package -> version it was trained with
-    accuracy: dict[tuple[str, str], tuple[float, str]] = field(default_factory=dict)
-    """(data set, title) -> (per cent, note)"""
+    accuracy: dict[tuple[str, str], Row] = field(default_factory=dict)  # by data set and title
     geometry: dict[str, dict[str, Any]] = field(default_factory=dict)
     """data set -> what `care-hub equivariance` measured"""
 
@@ -38,22 +37,17 @@ class Run:
         config = TrainConfig(**read_yaml(path / "config.yaml"))
         rows, results = _read_rows(path / "metrics.jsonl"), _read_json(path / "results.json")
         run = cls(path.resolve().name, path, config, rows, results)
-        if (path / "export" / "config.json").is_file():
-            run._read_export(path / "export")
+        export = path / "export"
+        if (export / "config.json").is_file():
+            about, record = read_config(export)[0], read_record(export)
+            heads = read_heads(export)
+            run.versions, run.geometry = about.versions, record.get("equivariance", {})
+            run.accuracy = {(row.dataset, row.title): row for row in accuracies(about, heads, record)}
         return run
-
-    def _read_export(self, folder: Path) -> None:
-        config, _ = read_config(folder)
-        record = read_record(folder)
-        heads = [LinearHead.load(file) for file in head_files(folder)]
-        rows = accuracies(config, heads, record)
-        self.versions = config.versions
-        self.accuracy = {(row.dataset, row.title): (row.value, row.note) for row in rows}
-        self.geometry = record.get("equivariance", {})
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """The runs in the folders `paths`; those whose folders have the same name are called by their paths."""
+    """The runs in the folders `paths`; those whose folders are named alike are called by their paths."""
     runs = [Run.read(Path(path)) for path in paths]
     count = Counter(run.name for run in runs)
     for run in runs:

@@ -1,4 +1,4 @@
-"""A figure as inline SVG of an HTML page: in the page's colors, light or dark, with ids of its own."""
+"""A figure as inline SVG of a page: in the page's colors, light or dark, with ids of its own."""
 
 import hashlib
 import re
@@ -12,10 +12,10 @@ VARIABLES = {INK: "var(--ink)", GRID: "var(--line)", PAPER: "var(--paper)", COLO
 
 
 def inline_svg(path: Path, label: str) -> str:
-    """The SVG at `path`, written by `figures`, as an element of HTML that screen readers call `label`.
+    """The SVG at `path`, written by `figures`, as an element that screen readers call `label`.
 
-    Colors become the page's variables. Ids in use get a prefix that follows from `label`, which no other
-    figure of the page may have; other ids go. Numbers have two decimals. Text is escaped.
+    Colors become the page's variables. Ids in use get a prefix that follows from `label`, which no
+    other figure of the page may have; other ids go. Numbers have two decimals. Text is escaped.
     """
     prefix = f"f{hashlib.sha256(label.encode()).hexdigest()[:8]}-"
     root = ElementTree.parse(path).getroot()

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..metrics import METRICS
 
+HITS = ("hit_at_1", "hit_at_1_unrotated", "hit_at_1_random")
 GEOMETRY = (
     "invariance_error",
     "rotation_error",
@@ -15,10 +16,10 @@ GEOMETRY = (
     "gram_deviation",
     "variance",
     "composition_invariance_ratio",
-    "hit_at_1",
-    "hit_at_1_unrotated",
-    "hit_at_1_random",
+    *HITS,
 )
+
+Results = dict[str, dict[str, Any]]  # name of an encoder -> what `evaluate_equivariance` measured
 
 
 def title_with_unit(key: str) -> str:
@@ -51,20 +52,19 @@ def text_table(rows: list[list[str]]) -> str:
     crop       0.017
     """
     heads = [textwrap.wrap(head, 11, break_long_words=False, break_on_hyphens=False) for head in rows[0]]
-    depth = max(len(lines) for lines in heads)
+    depth = max(map(len, heads))
     padded = [[""] * (depth - len(lines)) + lines for lines in heads]
-    cells = [list(line) for line in zip(*padded, strict=True)] + rows[1:]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(heads))]
-    return "\n".join(_aligned(row, widths) for row in cells)
+    cells = [*zip(*padded, strict=True), *rows[1:]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for first, *others in cells:
+        aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *aligned]))
+    return "\n".join(lines)
 
 
-def _aligned(row: list[str], widths: list[int]) -> str:
-    first, *others = zip(row, widths, strict=True)
-    return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
-
-
-def geometry_text(results: dict[str, dict[str, Any]]) -> str:
-    """What `care-hub equivariance` prints: families by encoder, what the columns mean, attribute probes.
+def geometry_text(results: Results) -> str:
+    """What `care-hub equivariance` prints: families by encoder, meanings of columns, attribute probes.
 
     `results`: name of the encoder -> what `evaluate.commands.evaluate_equivariance` measured.
     """
@@ -74,18 +74,17 @@ def geometry_text(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(["", families, "", note, *meanings, "", attributes])
 
 
-def _family_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
-    several = len(results) > 1
-    rows = [["family", *(["encoder"] if several else []), *map(title_with_unit, GEOMETRY)]]
+def _family_rows(results: Results) -> list[list[str]]:
+    rows = [["family", "encoder", *map(title_with_unit, GEOMETRY)]]
     for family in next(iter(results.values()))["families"]:
         for name, result in results.items():
             measured = result["families"].get(family, {})
             means = [(measured.get(key) or [None])[0] for key in GEOMETRY]
-            rows.append([family, *([Path(name).name] if several else []), *map(number, means)])
-    return rows
+            rows.append([family, Path(name).name, *map(number, means)])
+    return rows if len(results) > 1 else [[family, *numbers] for family, _, *numbers in rows]
 
 
-def _attribute_rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
+def _attribute_rows(results: Results) -> list[list[str]]:
     spaces = [
         (f"{Path(name).name}, {space}", values)
         for name, result in results.items()

@@ -72,8 +72,7 @@ class SimCLR(nn.Module):
 
 
 class MoCo(SimCLR):
-    """MoCo-v2 (He et al. 2020; Chen et al. 2020b): queries against their keys and a queue of older
-    keys.
+    """MoCo-v2 (He et al. 2020; Chen et al. 2020b): queries against their keys and older ones in a queue.
 
     Keys come from a momentum copy of the encoder and enter the queue after they were scored. The
     equivariance loss is taken on the query encoder.

@@ -21,9 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Interrupt:
-    """Ctrl-C or a termination signal ends the loop after the current step; a second one ends it at
-    once.
-    """
+    """Ctrl-C or a termination signal ends the loop after the current step, a second one at once."""
 
     def __init__(self, enabled: bool):
         self.asked = False

@@ -5,7 +5,6 @@ import json
 import logging
 import platform
 import shlex
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,10 +30,9 @@ SHEET_IMAGES = 2000  # among which neighbors are looked for
 
 
 def open_run(config: TrainConfig, main: bool) -> Path:
-    """Make the run folder (one name for all processes) and write config.yaml, or find the one to
-    resume.
+    """Make the run folder and write config.yaml, or find the one to resume; one name for all processes.
 
-    All processes call it. Raises CareHubError, on all of them, if the folder exists or can't be made.
+    All of them call it. Raises CareHubError, on all of them, if the folder exists or can't be made.
     """
     name, problem = config.run_name, None
     if main and not config.resume:
@@ -51,10 +49,8 @@ def open_run(config: TrainConfig, main: bool) -> Path:
 def _make_folder(config: TrainConfig) -> str:
     root = Path(config.save_root)
     stem = f"{config.dataset_name.replace('/', '-')}-{config.method}"
-    names: Iterable[str] = (f"{stem}-{k}" for k in itertools.count(1))
-    if config.run_name:
-        names = [config.run_name]
-    for name in names:
+    numbered = (f"{stem}-{k}" for k in itertools.count(1))
+    for name in [config.run_name] if config.run_name else numbered:
         try:
             (root / name).mkdir(parents=True)
             write_text(root / name / "config.yaml", to_yaml(config))
@@ -74,8 +70,7 @@ def restore(
 ) -> tuple[int, float]:
     """Weights, optimizer and position of the newest checkpoint -> (step, seconds trained).
 
-    All else follows from the seed. Raises CareHubError for a damaged checkpoint, or one of another
-    model.
+    All else follows from the seed. Raises CareHubError for a damaged checkpoint or another model's.
     """
     model, state, extra = load_checkpoint(run / "checkpoints")
     fill(accelerator.unwrap_model(method), model, complete_checkpoints(run / "checkpoints")[-1])
@@ -103,12 +98,8 @@ def export_run(
         seed=config.seed,
         training=plain_values(config.published()),
         results=results,
-        versions={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "accelerate": accelerate.__version__,
-        },
+        versions={"python": platform.python_version()}
+        | {package.__name__: package.__version__ for package in (torch, timm, accelerate)},
     )
     encoder.save_pretrained(run / "export")
     write_text(run / "results.json", json.dumps(results, indent=2) + "\n")
@@ -118,9 +109,7 @@ def export_run(
 
 
 def push_run(run: Path, repo_id: str) -> None:
-    """Push the export, which is kept whatever happens. Raises CareHubError that says how to push it
-    later.
-    """
+    """Push the export, which stays whatever happens. Raises CareHubError that says how to push it later."""
     try:
         logger.info("\nPushed     %s", push_folder(run / "export", repo_id))
     except CareHubError as error:

@@ -38,6 +38,7 @@ def plan_text(
         optimizer += ", compiled"
     model = f"{config.model} ({millions:.1f} M parameters)"
     data = f"{config.dataset_name}, {len(train):,} images at {encoder.config.image_size} px"
+    precision = "float32" if precision == "no" else precision
     epochs = f"{plan.stop / plan.steps_per_epoch:.1f} epochs"
     lines = [
         f"{method} · {model} · {data}",
@@ -71,7 +72,9 @@ def dry_run_text(config: TrainConfig, plan: Plan, processes: int, memory: float)
     )
 
 
-def final_screen(config: TrainConfig, run: Path, results: Mapping[str, float], skipped: int) -> str:
+def final_screen(
+    config: TrainConfig, run: Path, results: Mapping[str, float], train: Images, test: Images | None
+) -> str:
     """What was measured, where it lies, and what to type next."""
     minutes, speed = results["training_seconds"] / 60, results["images_per_second"]
     trained = f"Trained {config.method_name} on {config.dataset_name}"
@@ -80,7 +83,7 @@ def final_screen(config: TrainConfig, run: Path, results: Mapping[str, float], s
         value = results[metric.key]
         shown = f"{value:6.1f} %" if metric.unit == "%" else f"{value:8.4f}"
         lines.append(f"  {metric.title:<22}{shown:<10} {metric.meaning}")
-    if skipped:
+    if skipped := len(train.skipped) + (len(test.skipped) if test else 0):
         lines += ["", f"  {skipped} broken images were skipped."]
     lines += [
         "",
@@ -88,13 +91,13 @@ def final_screen(config: TrainConfig, run: Path, results: Mapping[str, float], s
         f"Encoder    {run / 'export'}   (neighbors.png there shows what it finds alike)",
         "",
         "Next",
-        *next_commands(config, run),
+        *next_commands(config, run, test),
     ]
     return "\n".join(lines)
 
 
-def next_commands(config: TrainConfig, run: Path) -> list[str]:
-    """Commands that use the encoder, and train and compare its baseline."""
+def next_commands(config: TrainConfig, run: Path, test: Images | None) -> list[str]:
+    """Commands that use the encoder, and train and compare its baseline, as far as the data allows."""
     name = shlex.quote(str(run))
     data = f"--dataset-name {config.dataset_name}"
     if config.data_root:
@@ -102,8 +105,9 @@ def next_commands(config: TrainConfig, run: Path) -> list[str]:
     commands = [
         f"  care-hub embed YOUR_IMAGES --encoder {name} -o embeddings.parquet",
         f"  python -c \"import care_hub; print(care_hub.load_encoder('{run}').encode('YOUR_IMAGES').shape)\"",
-        f"  python eval_linear.py --encoder {name} {data}   # a linear head",
     ]
+    if test and test.labels is not None:
+        commands += [f"  python eval_linear.py --encoder {name} {data}   # a linear head"]
     if config.weight:
         plain = shlex.quote(f"{run.name}-plain")
         if config.push_to_hub:
@@ -111,7 +115,8 @@ def next_commands(config: TrainConfig, run: Path) -> list[str]:
         file = shlex.quote(str(run / "config.yaml"))
         twin = shlex.quote(f"{run}-plain")
         commands += [
-            f"  accelerate launch train.py --config {file} --weight 0 --run-name {plain}   # the baseline",
-            f"  care-hub equivariance {name} {twin} {data} -o compared",
+            f"  accelerate launch train.py --config {file} --weight 0 --run-name {plain}   # the baseline"
         ]
+        if test:
+            commands += [f"  care-hub equivariance {name} {twin} {data} -o compared"]
     return commands

@@ -4,8 +4,10 @@ import dataclasses
 import logging
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -133,17 +135,16 @@ def log_plan(setup: Setup) -> None:
     processes, device = accelerator.num_processes, f"CPU, {torch.get_num_threads()} threads"
     if accelerator.device.type == "cuda":
         device = torch.cuda.get_device_name(accelerator.device)
+    precision = accelerator.mixed_precision
     logger.info(
-        summary.plan_text(
-            config, setup.plan, setup.encoder, setup.train, processes, device, accelerator.mixed_precision
-        )
+        summary.plan_text(config, setup.plan, setup.encoder, setup.train, processes, device, precision)
     )
     for split, images in (("train", setup.train), ("test", setup.test)):
         if images is not None and images.skipped:
             logger.info(summary.skipped_text(split, images))
     if config.dry_run:
         share = config.batch_size // processes
-        memory = step_memory(config, setup.encoder, share, accelerator.mixed_precision)
+        memory = step_memory(config, setup.encoder, share, precision)
         logger.info(summary.dry_run_text(config, setup.plan, processes, memory))
 
 
@@ -256,8 +257,7 @@ def finish(setup: Setup, session: Session, done: int) -> dict[str, float]:
     results |= {"training_seconds": round(seconds, 1), "images_per_second": round(images / seconds, 1)}
     if accelerator.is_main_process:
         run.export_run(folder, config, setup.encoder, setup.test or setup.train, results)
-        skipped = len(setup.train.skipped) + (len(setup.test.skipped) if setup.test else 0)
-        logger.info(summary.final_screen(config, folder, results, skipped))
+        logger.info(summary.final_screen(config, folder, results, setup.train, setup.test))
         if config.push_to_hub:
             run.push_run(folder, config.push_to_hub)
     for tracker in accelerator.trackers:
@@ -268,32 +268,22 @@ def finish(setup: Setup, session: Session, done: int) -> dict[str, float]:
 def make_method(config: TrainConfig, encoder: Encoder, images: int) -> SimCLR:
     """The module that turns views into losses, for so many training images."""
     stride = config.equivariance_stride if config.views == "shared" else 1
+    common = (encoder, config.temperature, config.weight, config.equiv_splits, stride)
     if config.method == "simclr":
-        return SimCLR(
-            encoder, config.temperature, config.weight, config.equiv_splits, stride, config.loss_subtype
-        )
-    return MoCo(
-        encoder,
-        config.temperature,
-        config.weight,
-        config.equiv_splits,
-        stride,
-        config.queue_for(images),
-        config.momentum_encoder,
-        config.projection_dim,
-    )
+        return SimCLR(*common, config.loss_subtype)
+    return MoCo(*common, config.queue_for(images), config.momentum_encoder, config.projection_dim)
 
 
 def make_optimizer(config: TrainConfig, method: nn.Module) -> torch.optim.Optimizer:
     """adam, adamw, sgd (fused) or lars over the parameters that are trained."""
     parameters = [p for p in method.parameters() if p.requires_grad]
-    lr, decay = config.lr, config.weight_decay
-    if config.optimizer == "lars":
-        return Lars(parameters, lr=lr, weight_decay=decay, momentum=config.momentum)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, weight_decay=decay, momentum=config.momentum, fused=True)
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=lr, weight_decay=decay, fused=True)
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adam": partial(torch.optim.Adam, fused=True),
+        "adamw": partial(torch.optim.AdamW, fused=True),
+        "sgd": partial(torch.optim.SGD, fused=True, momentum=config.momentum),
+        "lars": partial(Lars, momentum=config.momentum),
+    }
+    return kinds[config.optimizer](parameters, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def step_memory(config: TrainConfig, encoder: Encoder, images: int, precision: str) -> float:

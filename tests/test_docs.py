@@ -1,0 +1,238 @@
+"""README and docs: their code is run as a reader would type it, their links lead somewhere, README is short.
+
+Every page is run in a folder of its own that has the repository's scripts, its bash and python blocks in
+order. The rules below say what is not run as it stands: what trains for minutes is stopped after two steps,
+what takes hours is planned (`--dry-run`) or has its options checked, and the Hub is one on loopback.
+"""
+
+import re
+import runpy
+import shlex
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import torch
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from helpers import ROOT, command
+from torch.distributed.run import get_args_parser as torchrun_parser
+
+from care_hub import cli
+from care_hub.config import DataConfig
+from care_hub.data import shapes
+from care_hub.data.images import InMemoryImages
+from care_hub.data.sources import dataset_spec
+from care_hub.evaluate import linear
+from care_hub.hub.linear_head import LinearHead, head_files
+from care_hub.hub.registry import entries
+from care_hub.training import trainer
+
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
+
+# Set-up, this very test, a login for which the fixture `server` has a token, and what .ci/run does.
+SKIPPED = {"pip", "pytest", "hf", "mkdocs", "lint-imports", "mypy"}
+PROGRAMS = {
+    "train.py": cli.train,
+    "eval_linear.py": cli.eval_linear,
+    "care_hub": cli.main,
+    "care-hub": cli.main,
+}
+REPLACED = {  # in the text of every block
+    "YOUR_NAME": "alice",  # the user of the loopback Hub
+    "TrainConfig(": "TrainConfig(max_steps=2, projection_hidden=32, mixed_precision='no', ",
+}
+SHORT_RUN = ("--projection-hidden", "32", "--mixed-precision", "no", "--max-steps")
+FEW_SHAPES = {"train": 500, "test": 200}
+
+
+def blocks(page: Path) -> list[tuple[str, str, str]]:
+    """(language, what stands behind it, code) of every fenced block."""
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def commands(block: str) -> Iterator[list[str]]:
+    """The words of each command of a bash block."""
+    text = ""
+    for line in block.replace("\\\n", " ").splitlines():
+        text += line + "\n"
+        try:
+            words = shlex.split(text, comments=True)
+        except ValueError:  # a quotation goes on in the next line
+            continue
+        text = ""
+        while "&&" in words:
+            yield words[: words.index("&&")]
+            words = words[words.index("&&") + 1 :]
+        if words:
+            yield words
+
+
+def without_launcher(words: list[str]) -> list[str]:
+    """The program and its options, once the launcher has accepted its own."""
+    if words[:2] == ["accelerate", "launch"]:
+        found = launch_command_parser().parse_args(words[2:])
+    elif words[0] == "torchrun":
+        found = torchrun_parser().parse_args(words[1:])
+    else:
+        return words[1:] if words[0] == "python" else words
+    return [found.training_script, *found.training_script_args]
+
+
+def run_words(words: list[str], namespace: dict) -> None:
+    """One command of a bash block, in this process."""
+    if words[0] in SKIPPED:
+        return
+    if words[0] == "mkdir":
+        Path(words[-1]).mkdir(exist_ok=True)
+        return
+    program, *options = without_launcher(words)
+    if program == "-c":
+        exec(textwrap.dedent(options[0]), namespace)
+    elif program == "train.py":
+        command(cli.train, *options, *shortened(options))
+    elif program == "eval_linear.py" and "cifar10" in options:  # of a run that takes hours
+        cli.eval_linear.make_context(program, options)
+    elif program in PROGRAMS:
+        few = ["--images", "40", "--draws", "1"] if "equivariance" in options else []
+        command(PROGRAMS[program], *options, *few)
+    else:
+        run_script(program, options)
+
+
+def shortened(options: list[str]) -> list[str]:
+    """What is added to the options of train.py."""
+    if any(word.startswith("recipes/") for word in options):
+        return ["--dry-run"]
+    steps = 2
+    if "--max-steps" in options:
+        steps = int(options[options.index("--max-steps") + 1]) // 100
+    return [*SHORT_RUN, str(steps)]
+
+
+def run_script(path: str, options: list[str]) -> None:
+    """A script of the repository; of those that take hours only the options are checked."""
+    main: click.Command = runpy.run_path(path)["main"]
+    if path.startswith("docs/"):
+        command(main, *options)
+    else:
+        main.make_context(path, options)
+
+
+def stand_ins(data: DataConfig, size: int | None = None, progress: bool = True):
+    """512 black images in place of a data set that is elsewhere."""
+    if data.dataset_name in ("shapes", "imagefolder"):
+        return load_splits(data, size, progress)
+    size = size or dataset_spec(data.dataset_name).size
+    pixels = torch.zeros(512, 3, size, size, dtype=torch.uint8)
+    images = InMemoryImages(size, torch.zeros(512, dtype=torch.long), ["black"], pixels)
+    return images, images
+
+
+load_splits = trainer.load_splits
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """The working directory of a reader: a copy of the repository, but for its size."""
+    for name in ("train.py", "eval_linear.py", "recipes", "benchmarks", "experiments"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    (tmp_path / "docs" / "draw_claim.py").symlink_to(ROOT / "docs" / "draw_claim.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(shapes, "SIZES", FEW_SHAPES)
+    monkeypatch.setattr(linear, "PENALTIES", linear.PENALTIES[:1])
+    monkeypatch.setattr(trainer, "load_splits", stand_ins)
+    return tmp_path
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_runs(page, reader, server):
+    namespace: dict = {}
+    for language, more, code in blocks(page):
+        for before, after in REPLACED.items():
+            code = code.replace(before, after)
+        if language == "bash":
+            for words in commands(code):
+                run_words(words, namespace)
+        elif language == "python":
+            exec(compile(code, page.name, "exec"), namespace)
+        elif title := re.search(r'title="(.+)"', more):  # a file that the reader saves
+            (reader / title[1]).write_text(code)
+
+
+def test_all_code_is_in_a_language_that_is_run():
+    assert {language for page in PAGES for language, *_ in blocks(page)} <= {"bash", "python", "yaml"}
+
+
+def test_readme_begins_with_the_two_commands():
+    first, second = [code for language, _, code in blocks(README) if language == "bash"][:2]
+    assert first == "pip install -e . && accelerate launch train.py\n"
+    assert second == 'pip install -e ".[test]" && pytest\n'
+
+
+def test_readme_is_short():
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 110 and not line.startswith("|")] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    for link in (a or b for a, b in LINK.findall(text)):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.is_file(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_every_page_is_in_the_navigation():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert {name for entry in nav for name in entry.values()} == {page.name for page in PAGES[1:]}
+
+
+def test_readme_lists_every_ready_encoder():
+    rows = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    for name, entry in entries().items():
+        if entry.folder is None:  # registered by other tests
+            continue
+        (row,) = [row for row in rows if f"`{name}`" in row]
+        (head,) = map(LinearHead.load, head_files(entry.folder))
+        for figure in (entry.metrics["knn_top1"], head.metrics["top1"]):
+            assert f"| {figure:.1f} % |" in row
+
+
+def test_readme_quotes_the_results():
+    section = README.read_text(encoding="utf-8").split("## When to use CARE")[1].split("\n## ")[0]
+    measured = re.findall(r"\d+\.\d+", (ROOT / "docs" / "results.md").read_text(encoding="utf-8"))
+    known = {*measured, *(f"{100 * float(ratio):.0f}" for ratio in measured if float(ratio) < 1)}
+    quoted = re.findall(r"([\d.]+)\s%", section)
+    assert quoted and set(quoted) <= known
+
+
+@pytest.mark.slow
+def test_figures_of_the_images_are_those_of_the_encoder():
+    script = runpy.run_path(str(ROOT / "docs" / "draw_claim.py"))
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    encoder = script["care_hub"].load_encoder(script["ENCODER"])
+    for row, factors in (("brightness × 0.7 (the figure)", (0.7, 1, 1)), ("saturation × 0.4", (1, 1, 0.4))):
+        images, _, *found = script["found_images"](encoder, factors)
+        rates = [100 * (indices == torch.arange(len(images))).float().mean() for indices in found]
+        assert f"| {row} | {rates[0]:.0f} % | {rates[1]:.0f} % |" in text
