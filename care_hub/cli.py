@@ -21,8 +21,12 @@ from .config import FORMER_NAMES, DataConfig, EvalConfig, TrainConfig, read_yaml
 from .errors import CareHubError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-SOURCE = "a run folder, an export folder, a registry name or a Hub id"
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+AT_LEAST_1, PATH = click.IntRange(min=1), click.Path()
+batch_size_option = click.option("--batch-size", type=AT_LEAST_1, default=256)
+encoder_option = click.option(
+    "--encoder", required=True, help="a run folder, an export folder, a registry name or a Hub id"
+)
 
 
 class ScreenHandler(logging.Handler):
@@ -136,8 +140,8 @@ def options_of(config_class: type[DataConfig]) -> Callable[[Function], Function]
 
 def _option_of(option: dataclasses.Field, hint: Any) -> Callable[[Function], Function]:
     about, default = option.metadata, option.default
-    settings = {"help": about["help"], "default": default, "required": default == ""}
-    settings |= {"show_default": default not in (None, ""), "cls": Option, "group": about["group"]}
+    settings = {"help": about["help"], "default": default, "required": default == "", "cls": Option}
+    settings |= {"group": about["group"], "show_default": default != ""}
     name = flag(option.name)
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     if typing.get_origin(hint) is tuple:
@@ -155,8 +159,7 @@ def _option_of(option: dataclasses.Field, hint: Any) -> Callable[[Function], Fun
 
 def resolve(given: dict[str, Any], config_file: str | None) -> TrainConfig:
     """Options: defaults < the saved run (with --resume) < the YAML file < flags given by hand."""
-    values = read_yaml(config_file) if config_file else {}
-    values |= given
+    values = (read_yaml(config_file) if config_file else {}) | given
     if values.get("resume") and values.get("run_name"):
         values = _resumed(values)
     try:
@@ -175,25 +178,20 @@ def _resumed(values: dict[str, Any]) -> dict[str, Any]:
     for name in values.keys() & fixed:
         value = list(values[name]) if isinstance(values[name], tuple) else values[name]
         if before.get(name) != value:
-            raise CareHubError(
-                f"`{name}` was {before.get(name)} in this run and can't become {value} when it is resumed; "
-                "start a new run for that."
-            )
+            change = f"`{name}` was {before.get(name)} in this run and can't become {value}"
+            raise CareHubError(f"{change} when it is resumed; start a new run for that.")
     return before | values
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
-@click.option(
-    "--config", "config_file", metavar="FILE.yaml", help="a YAML file that sets any option; flags win"
-)
+@click.option("--config", "config_file", metavar="FILE.yaml", help="sets any option; flags win")
 @options_of(TrainConfig)
 @click.pass_context
 def train(context: click.Context, config_file: str | None, **values: Any) -> None:
     """Train CARE, or its plain baseline, and export the encoder."""
     default = click.core.ParameterSource.DEFAULT
-    config = resolve(
-        {k: v for k, v in values.items() if context.get_parameter_source(k) != default}, config_file
-    )
+    given = {k: v for k, v in values.items() if context.get_parameter_source(k) != default}
+    config = resolve(given, config_file)
     import torch.distributed
 
     from .training.trainer import train as run_training
@@ -210,7 +208,7 @@ def eval_linear(**values: Any) -> None:
 
     The last line is the result as JSON.
     """
-    config = EvalConfig(**values)
+    config = EvalConfig(**values)  # refused, if so, before torch is imported
     from .evaluate.commands import evaluate
 
     _print_json(evaluate(config))
@@ -229,22 +227,17 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("images", type=click.Path())
-@click.option("--encoder", required=True, help=SOURCE)
-@click.option(
-    "-o", "--output", required=True, type=click.Path(), help="a .parquet, .safetensors or .npy file"
-)
+@click.argument("images", type=PATH)
+@encoder_option
+@click.option("-o", "--output", required=True, type=PATH, help="a .parquet, .safetensors or .npy file")
 @click.option(
     "--space",
     type=click.Choice(["projection", "backbone"]),
     default="projection",
-    show_default=True,
     help="unit vectors that rotate, or raw features for probes",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option(
-    "--skip-broken-images", is_flag=True, help="name broken images and leave them out instead of stopping"
-)
+@batch_size_option
+@click.option("--skip-broken-images", is_flag=True, help="name broken images and leave them out")
 def embed(images: str, **options: Any) -> None:
     """Turn a folder of IMAGES (or one image) into embeddings. The same command resumes after a break."""
     from .embed_folder import embed_folder
@@ -261,15 +254,14 @@ def split_data_options(options: dict[str, Any]) -> DataConfig:
 @main.command()
 @click.argument("encoder")
 @options_of(DataConfig)
-@click.option("--k", type=click.IntRange(min=1), default=200, show_default=True, help="neighbors that vote")
+@click.option("--k", type=AT_LEAST_1, default=200, help="neighbors that vote")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0, min_open=True),
     default=0.5,
-    show_default=True,
     help="votes weigh e^(similarity / t)",
 )
-@click.option("--bank", type=click.IntRange(min=1), help="so many training images vote (default: all)")
+@click.option("--bank", type=AT_LEAST_1, help="so many training images vote (default: all)")
 def knn(encoder: str, **options: Any) -> None:
     """Weighted kNN on ENCODER's backbone features, saved in its card. The last line is the result as JSON."""
     from .evaluate.commands import evaluate_knn
@@ -280,22 +272,10 @@ def knn(encoder: str, **options: Any) -> None:
 @main.command()
 @click.argument("encoders", nargs=-1, required=True)
 @options_of(DataConfig)
-@click.option(
-    "--images",
-    type=click.IntRange(min=4),
-    default=2000,
-    show_default=True,
-    help="test images, half to fit and half to measure",
-)
-@click.option(
-    "--draws", type=click.IntRange(min=1), default=16, show_default=True, help="augmentations of each family"
-)
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="seed of the augmentations and of the bootstrap"
-)
-@click.option(
-    "-o", "--output", type=click.Path(), help="a folder for equivariance.json and figures of all encoders"
-)
+@click.option("--images", type=click.IntRange(min=4), default=2000, help="test images, half of them to fit")
+@click.option("--draws", type=AT_LEAST_1, default=16, help="augmentations of each family")
+@click.option("--seed", type=int, default=0, help="seed of the augmentations and of the bootstrap")
+@click.option("-o", "--output", type=PATH, help="a folder for equivariance.json and figures of all encoders")
 def equivariance(encoders: tuple[str, ...], **options: Any) -> None:
     """How far augmentations act as rotations on the embeddings of ENCODERS; saved in their cards."""
     from .evaluate.commands import evaluate_equivariance
@@ -306,11 +286,9 @@ def equivariance(encoders: tuple[str, ...], **options: Any) -> None:
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path())
-@click.argument("out", type=click.Path())
-@click.option(
-    "--dataset-name", help="what it was trained on, where the checkpoint does not say: its normalization"
-)
+@click.argument("checkpoint", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--dataset-name", help="what it was trained on, where the checkpoint does not say")
 def convert(checkpoint: str, out: str, dataset_name: str | None) -> None:
     """Turn a CHECKPOINT.pth.tar of the public CARE code into the export folder OUT."""
     from .convert import convert_checkpoint
@@ -319,10 +297,10 @@ def convert(checkpoint: str, out: str, dataset_name: str | None) -> None:
 
 
 @main.command()
-@click.argument("images", type=click.Path())
-@click.option("--encoder", required=True, help=SOURCE)
+@click.argument("images", type=PATH)
+@encoder_option
 @click.option("--dataset", help="which of its linear heads, where it has several")
-@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
+@batch_size_option
 def classify(images: str, encoder: str, dataset: str | None, batch_size: int) -> None:
     """Name the class of each of IMAGES (a folder or one image): path, label, probability, in columns."""
     from .data.decode import list_images
@@ -336,8 +314,8 @@ def classify(images: str, encoder: str, dataset: str | None, batch_size: int) ->
 
 
 @main.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path())
-@click.option("-o", "--output", default="report.html", show_default=True, type=click.Path(), help="the page")
+@click.argument("runs", nargs=-1, required=True, type=PATH)
+@click.option("-o", "--output", default="report.html", type=PATH, help="the page")
 def report(runs: tuple[str, ...], output: str) -> None:
     """Compare the run folders RUNS on one self-contained HTML page: results, curves, geometry, neighbors."""
     from .report.page import write_page
@@ -392,7 +370,7 @@ def info(source: str, revision: str | None) -> None:
 
 
 @main.command()
-@click.argument("folder", type=click.Path())
+@click.argument("folder", type=PATH)
 @click.argument("repository", metavar="ORG/NAME")
 @click.option("--private/--public", default=None, help="of a new repository")
 @click.option("--revision", help="a branch, made if need be")

@@ -34,11 +34,11 @@ def option(
     return field(default=default, metadata=about | {"published": published, "formerly": formerly})
 
 
-_data, _model, _method, _augmentation, _optimization, _probe = (
+_data, _model, _method, _augment, _optim, _probe = (
     partial(option, group)
     for group in ("Data", "Model", "Method", "Augmentation", "Optimization", "Evaluation")
 )
-_run = partial(option, "Run", changeable=True, published=False)
+_reading, _run = (partial(option, group, changeable=True, published=False) for group in ("Data", "Run"))
 
 
 @dataclass
@@ -48,22 +48,22 @@ class DataConfig:
     dataset_name: str = _data(
         "", "shapes (embedded), cifar10, cifar100, stl10, imagenet100, imagefolder, or org/name on the Hub"
     )
-    data_root: str | None = _data(
+    data_root: str | None = _reading(
         None,
         "a local copy: a folder in the Hub's parquet layout, or class folders; nothing is downloaded then",
-        changeable=True,
-        published=False,
     )
     image_column: str | None = _data(None, "the column with the images, where it has an unusual name")
     label_column: str | None = _data(None, "the column with the labels, where it has an unusual name")
-    num_workers: int = _data(
-        2, "loader processes, for data sets too large for memory", changeable=True, published=False
-    )
+    num_workers: int = _reading(2, "loader processes, for data sets too large for memory")
     skip_broken_images: bool = _data(False, "count and name images that can't be decoded instead of stopping")
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_numbers(self, at_least_0=("num_workers",))
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                near = suggest(str(value), choices)
+                raise CareHubError(f"`{f.name}` can't be '{value}'{near}; choose from {', '.join(choices)}.")
+        check_numbers(self, at_least_0="num_workers")
 
 
 @dataclass
@@ -74,7 +74,7 @@ class TrainConfig(DataConfig):
     image_size: int | None = _data(None, "side of the views in pixels (default: the data set's own)")
 
     model: str = _model(
-        "resnet10_w16_small", "any timm backbone; small-image stems as resnet18_cifar, resnet50_cifar, ..."
+        "resnet10_w16_small", "any timm backbone; with a stem for small images: resnet18_cifar, ..."
     )
     projection_hidden: int = _model(512, "hidden width of the projection head")
     projection_dim: int = _model(128, "dimension of the sphere on which rotations act")
@@ -88,12 +88,10 @@ class TrainConfig(DataConfig):
     train_simclr: bool = _method(False, "the plain method, as --weight 0")
     equiv_splits: int = _method(8, "groups in the global batch; the images of a group share one augmentation")
     equivariant_batch_size: int | None = _method(
-        None, "how much of the global batch the equivariance loss sees (default: all of it)"
+        None, "images that the equivariance loss sees (default: all)"
     )
     loss_subtype: str = _method(
-        "infonce",
-        "contrastive part: infonce, alignment, uniformity, none",
-        ("infonce", "alignment", "uniformity", "none"),
+        "infonce", "the contrastive part", ("infonce", "alignment", "uniformity", "none")
     )
     augmentation_scope: str = _method(
         "group",
@@ -112,34 +110,30 @@ class TrainConfig(DataConfig):
     momentum_encoder: float = _method(0.99, "MoCo: momentum of the key encoder")
     temperature: float = _method(0.2, "temperature of InfoNCE")
 
-    crop_scale: float = _augmentation(0.4, "smallest crop, as a fraction of the image's area")
-    jitter: tuple[float, float, float, float] = _augmentation(
+    crop_scale: float = _augment(0.4, "smallest crop, as a fraction of the image's area")
+    jitter: tuple[float, float, float, float] = _augment(
         (0.3, 0.3, 0.3, 0.5), "color jitter: brightness, contrast, saturation, hue"
     )
-    jitter_p: float = _augmentation(0.8, "probability of color jitter")
-    grayscale: float = _augmentation(0.1, "probability of grayscale", formerly="greyscale")
-    blur: float = _augmentation(0.2, "probability of Gaussian blur")
-    blur_kernel_size: int = _augmentation(3, "width of the blur kernel in pixels, odd", formerly="blur_taps")
-    equivariance_crop: bool = _augmentation(
-        True, "crop the equivariance views too; without, they show the central crop"
-    )
+    jitter_p: float = _augment(0.8, "probability of color jitter")
+    grayscale: float = _augment(0.1, "probability of grayscale", formerly="greyscale")
+    blur: float = _augment(0.2, "probability of Gaussian blur")
+    blur_kernel_size: int = _augment(3, "width of the blur kernel in pixels, odd", formerly="blur_taps")
+    equivariance_crop: bool = _augment(True, "crop the equivariance views too, else show the central crop")
 
-    epochs: int = _optimization(12, "passes over the training images")
-    batch_size: int = _optimization(64, "images per micro-batch over all processes together")
-    gradient_accumulation: int = _optimization(
+    epochs: int = _optim(12, "passes over the training images")
+    batch_size: int = _optim(64, "images per micro-batch over all processes together")
+    gradient_accumulation: int = _optim(
         1, "micro-batches averaged per optimizer step; negatives and groups are those of one micro-batch"
     )
-    optimizer: str = _optimization("sgd", "adam, adamw, sgd or lars", ("adam", "adamw", "sgd", "lars"))
-    lr: float = _optimization(0.2, "peak learning rate")
-    weight_decay: float = _optimization(5e-4, "weight decay")
-    momentum: float = _optimization(0.9, "momentum of sgd and lars")
-    lr_schedule_type: str = _optimization("cosine", "constant or cosine, per step", ("constant", "cosine"))
-    warmup_epochs: float = _optimization(1, "epochs of linear warm-up")
-    seed: int = _optimization(0, "seed of weights, data order and every augmentation")
-    mixed_precision: str = _optimization(
-        "auto", "auto: bf16 where the matrix units have it; no, bf16, fp16", ("auto", "no", "bf16", "fp16")
-    )
-    compile: bool = _optimization(False, "torch.compile the network", changeable=True)
+    optimizer: str = _optim("sgd", "adam, adamw, sgd or lars", ("adam", "adamw", "sgd", "lars"))
+    lr: float = _optim(0.2, "peak learning rate")
+    weight_decay: float = _optim(5e-4, "weight decay")
+    momentum: float = _optim(0.9, "momentum of sgd and lars")
+    lr_schedule_type: str = _optim("cosine", "constant or cosine, per step", ("constant", "cosine"))
+    warmup_epochs: float = _optim(1, "epochs of linear warm-up")
+    seed: int = _optim(0, "seed of weights, data order and every augmentation")
+    mixed_precision: str = _optim("auto", "auto: bf16 where hardware has it", ("auto", "no", "bf16", "fp16"))
+    compile: bool = _optim(False, "torch.compile the network", changeable=True)
 
     max_steps: int | None = _run(None, "stop and export after so many optimizer steps", published=True)
     knn_every: int | None = _run(
@@ -148,9 +142,7 @@ class TrainConfig(DataConfig):
     knn_bank: int = _run(5000, "images in the bank of the kNN check", changeable=False, published=True)
     checkpoint_every: int | None = _run(None, "steps between checkpoints (default: an epoch)", published=True)
     save_root: str = _run("runs", "where run folders are made")
-    run_name: str | None = _run(
-        None, "name of the run folder (default: <dataset>-<method>-<first free number>)"
-    )
+    run_name: str | None = _run(None, "name of the run folder (default: <dataset>-<method>-<free number>)")
     resume: bool = _run(False, "resume from the newest complete checkpoint of --run-name")
     log_with: str = _run("none", "none, tensorboard or wandb", ("none", "tensorboard", "wandb"))
     push_to_hub: str | None = _run(
@@ -171,32 +163,24 @@ class TrainConfig(DataConfig):
     def _check(self) -> None:
         check_numbers(
             self,
-            positive=(
-                *("batch_size", "gradient_accumulation", "epochs", "equiv_splits", "temperature"),
-                *("projection_dim", "projection_hidden", "knn_bank", "max_steps", "checkpoint_every"),
-                "image_size",
-            ),
-            at_least_0=("weight", "lr", "weight_decay", "warmup_epochs", "weight_warmup_epochs", "knn_every"),
+            "batch_size gradient_accumulation epochs equiv_splits temperature projection_dim "
+            "projection_hidden knn_bank max_steps checkpoint_every image_size",
+            at_least_0="weight lr weight_decay warmup_epochs weight_warmup_epochs knn_every",
         )
         if self.blur_kernel_size % 2 == 0:
             raise CareHubError(f"`blur_kernel_size` must be odd, got {self.blur_kernel_size}.")
         if self.resume and not self.run_name:
             raise CareHubError("`resume` needs `run_name`, the name of the run to resume.")
         if self.weight == 0 and self.loss_subtype == "none":
-            raise CareHubError(
-                "`loss_subtype='none'` with `weight=0` leaves no loss at all; change one of them."
-            )
+            raise CareHubError("`loss_subtype='none'` with `weight=0` leaves no loss at all; change one.")
         if not 0 <= self.momentum_encoder <= 1:
             raise CareHubError(f"`momentum_encoder` must lie in [0, 1], got {self.momentum_encoder}.")
         if self.method == "moco" and self.loss_subtype != "infonce":
-            raise CareHubError(
-                f"`loss_subtype='{self.loss_subtype}'` is a part of SimCLR's loss; "
-                "with `method='moco'` use infonce."
-            )
+            raise CareHubError("`loss_subtype` belongs to SimCLR's loss; with `method='moco'` use infonce.")
         if self.queue_size is not None and (self.queue_size <= 0 or self.queue_size % self.batch_size):
             near = max(1, round(self.queue_size / self.batch_size)) * self.batch_size
             raise CareHubError(
-                f"`queue_size={self.queue_size}` is not a multiple of `batch_size`; the nearest is {near}."
+                f"`queue_size={self.queue_size}` is no multiple of `batch_size`; the nearest is {near}."
             )
         if self.weight:
             self._check_groups()
@@ -206,14 +190,13 @@ class TrainConfig(DataConfig):
         if self.batch_size % part:
             near = nearest_divisor(self.batch_size, part)
             raise CareHubError(
-                f"`equivariant_batch_size={part}` does not divide `batch_size={self.batch_size}`; "
-                f"the nearest that does is {near}."
+                f"`equivariant_batch_size={part}` does not divide the batch; the nearest that does is {near}."
             )
         if part % self.equiv_splits or part // self.equiv_splits < 2:
             near = nearest_divisor(part, self.equiv_splits, most=part // 2)
             raise CareHubError(
-                f"{part} images can't be cut into `equiv_splits={self.equiv_splits}` equal groups "
-                f"of at least 2; the nearest that works is {near}."
+                f"{part} images do not make `equiv_splits={self.equiv_splits}` equal groups of at least 2; "
+                f"the nearest that works is {near}."
             )
 
     def check_processes(self, count: int) -> None:
@@ -222,10 +205,8 @@ class TrainConfig(DataConfig):
             value = getattr(self, name)
             if value % count:
                 near = max(count, round(value / count) * count)
-                raise CareHubError(
-                    f"`{name}={value}` does not divide among {count} processes; "
-                    f"the nearest that does is {near}."
-                )
+                few = f"`{name}={value}` does not divide among {count} processes"
+                raise CareHubError(f"{few}; the nearest that does is {near}.")
 
     def queue_for(self, images: int) -> int:
         """Size of MoCo's queue for so many training images: a longer one would hold an image's own
@@ -266,14 +247,12 @@ class EvalConfig(DataConfig):
     )
     lr: float | None = _probe(None, "learning rate (default: the published one; 0.02 for finetune)")
     epochs: int | None = _probe(None, "epochs (default: 100 of sgd, 10 of finetune)")
-    augmented_copies: int = _probe(
-        0, "of --protocol sgd: train on so many augmented copies of the features, in turn"
-    )
+    augmented_copies: int = _probe(0, "of --protocol sgd: augmented copies of the features, used in turn")
     label_fraction: float = _probe(1.0, "train on this part of the labels of each class: 0.01, 0.1")
     seed: int = _probe(0, "seed of whatever is sampled: validation split, subset of labels, order")
     seeds: int = _probe(1, "repeat with so many seeds from --seed on; mean and standard deviation are shown")
     output_dir: str | None = _probe(
-        None, "where encoder and head are saved (default: the head, beside the encoder)"
+        None, "where to save encoder and head (default: the head, with the encoder)"
     )
     push_to_hub: str | None = _probe(None, "ORG/NAME: push encoder, head and card there")
 
@@ -284,7 +263,7 @@ class EvalConfig(DataConfig):
                 raise CareHubError(f"`{name}` is missing.")
         if self.epochs is None:
             self.epochs = {"sgd": 100, "finetune": 10}.get(self.protocol, 1)
-        check_numbers(self, positive=("epochs", "seeds"), at_least_0=("augmented_copies",))
+        check_numbers(self, positive="epochs seeds", at_least_0="augmented_copies")
         if not 0 < self.label_fraction <= 1:
             raise CareHubError(f"`label_fraction` must lie in (0, 1], got {self.label_fraction}.")
         if self.augmented_copies and self.protocol != "sgd":
@@ -354,26 +333,13 @@ class EncoderConfig:
         return {k: v for k, v in values.items() if k == "projection" or v not in (None, {})}
 
 
-def check_choices(config: DataConfig) -> None:
-    """Raise CareHubError for a value that is not among its option's choices."""
-    for f in dataclasses.fields(config):
-        value, choices = getattr(config, f.name), f.metadata["choices"]
-        if choices and value not in choices:
-            raise CareHubError(
-                f"`{f.name}` can't be '{value}'{suggest(str(value), choices)}; "
-                f"choose from {', '.join(choices)}."
-            )
-
-
-def check_numbers(
-    config: DataConfig, positive: tuple[str, ...] = (), at_least_0: tuple[str, ...] = ()
-) -> None:
-    """Raise CareHubError for numbers out of range; None is left alone."""
-    for name in positive:
+def check_numbers(config: DataConfig, positive: str = "", at_least_0: str = "") -> None:
+    """Raise CareHubError for numbers out of range, by names with spaces between; None is left alone."""
+    for name in positive.split():
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise CareHubError(f"`{name}` must be positive, got {value}.")
-    for name in at_least_0:
+    for name in at_least_0.split():
         if getattr(config, name) < 0:
             raise CareHubError(f"`{name}` can't be negative, got {getattr(config, name)}.")
 
@@ -408,9 +374,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise CareHubError(f"the configuration '{path}' can't be read ({error.strerror}).") from error
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise CareHubError(f"the configuration '{path}' is not valid YAML: {reason}") from error
-    data = {} if data is None else data
+        raise CareHubError(
+            f"the configuration '{path}' is not valid YAML: {' '.join(str(error).split())}"
+        ) from error
+    if data is None:
+        return {}
     if not isinstance(data, dict):
         raise CareHubError(f"the configuration '{path}' must be a mapping of option names to values.")
     known = {f.name for f in dataclasses.fields(TrainConfig)}

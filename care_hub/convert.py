@@ -21,8 +21,18 @@ EXPECTED = (
 )
 # (has bottlenecks, number of residual blocks) -> architecture
 RESNETS = {(False, 8): "resnet18", (False, 16): "resnet34", (True, 16): "resnet50"}
-# The CIFAR backbone is a Sequential: number -> name.
-CIFAR_NAMES = {"0": "conv1", "1": "bn1", "3": "layer1", "4": "layer2", "5": "layer3", "6": "layer4"}
+# CIFAR: f is the backbone, a Sequential, and g the head; an unknown layer keeps its number and is refused.
+CIFAR = {
+    "f.0.": "backbone.conv1.",
+    "f.1.": "backbone.bn1.",
+    "f.3.": "backbone.layer1.",
+    "f.4.": "backbone.layer2.",
+    "f.5.": "backbone.layer3.",
+    "f.6.": "backbone.layer4.",
+    "f.": "backbone.",
+    "g.": "projection.",
+}
+IMAGENET = {"encoder_q.fc.": "projection.", "encoder_q.": "backbone."}  # a ResNet whose fc is the head
 
 
 def convert_checkpoint(path: str | Path, out: str | Path, dataset_name: str | None = None) -> Path:
@@ -40,7 +50,7 @@ def convert_checkpoint(path: str | Path, out: str | Path, dataset_name: str | No
     if not is_cifar and "encoder_q.conv1.weight" not in public:
         found = ", ".join(list(public)[:3]) or "none"
         raise CareHubError(f"'{path}' can't be converted: {EXPECTED}; found keys like {found}.")
-    weights = _from_cifar(public) if is_cifar else _from_imagenet(public)
+    weights = _rename(public, CIFAR if is_cifar else IMAGENET)
     resnet, head = _architecture(weights, is_cifar, path)
     name = dataset_name or getattr(checkpoint.get("args"), "dataset_name", None)
     if name is None and is_cifar:
@@ -53,9 +63,9 @@ def convert_checkpoint(path: str | Path, out: str | Path, dataset_name: str | No
         f"{resnet}_cifar" if is_cifar else resnet,
         spec.size,
         *spec.statistics,
-        hidden=head.hidden,
-        outputs=head.outputs,
-        norm=head.norm,
+        head.hidden,
+        head.outputs,
+        head.norm,
         crop_pct=1.0 if is_cifar else 0.875,
     )
     extra = {"converted_from": Path(path).name, "epoch": checkpoint.get("epoch")}
@@ -78,42 +88,21 @@ def _read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _from_cifar(public: dict[str, Tensor]) -> dict[str, Tensor]:
-    """There f is the backbone and g the projection head -> weights by the names of an Encoder."""
+def _rename(public: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
+    """The weights under one of `prefixes` (the first that fits), by the names of an Encoder."""
     weights = {}
     for key, value in public.items():
-        part, _, rest = key.partition(".")
-        if part == "f":
-            number, _, rest = rest.partition(".")
-            weights[f"backbone.{CIFAR_NAMES.get(number, number)}.{rest}"] = value
-        elif part == "g":
-            weights[f"projection.{rest}"] = value
+        if before := next(filter(key.startswith, prefixes), None):
+            weights[prefixes[before] + key.removeprefix(before)] = value
     return weights
 
 
-def _from_imagenet(public: dict[str, Tensor]) -> dict[str, Tensor]:
-    """There encoder_q is a ResNet whose fc is the projection head -> weights by the names of an Encoder."""
-    weights = {}
-    for key, value in public.items():
-        if key.startswith("encoder_q.fc."):
-            weights["projection." + key.removeprefix("encoder_q.fc.")] = value
-        elif key.startswith("encoder_q."):
-            weights["backbone." + key.removeprefix("encoder_q.")] = value
-    return weights
-
-
-def _architecture(
-    weights: dict[str, Tensor], is_cifar: bool, path: str | Path
-) -> tuple[str, ProjectionConfig]:
+def _architecture(weights: dict[str, Tensor], norm: bool, path: str | Path) -> tuple[str, ProjectionConfig]:
     """Name of the ResNet, and shape of the projection head."""
-    has_bottlenecks = "backbone.layer1.0.conv3.weight" in weights
     blocks = sum(key.startswith("backbone.layer") and key.endswith(".conv1.weight") for key in weights)
-    resnet = RESNETS.get((has_bottlenecks, blocks))
-    prefix = "projection."
-    head = projection_of({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    if resnet is None or head is None or head.norm != is_cifar:
-        raise CareHubError(
-            f"'{path}' can't be converted: {EXPECTED}, of a ResNet-18, -34 or -50; "
-            f"found {blocks} residual blocks."
-        )
+    resnet = RESNETS.get(("backbone.layer1.0.conv3.weight" in weights, blocks))
+    head = projection_of(_rename(weights, {"projection.": ""}))
+    if resnet is None or head is None or head.norm != norm:
+        wanted = f"{EXPECTED}, of a ResNet-18, -34 or -50"
+        raise CareHubError(f"'{path}' can't be converted: {wanted}; found {blocks} residual blocks.")
     return resnet, head

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
@@ -27,6 +27,7 @@ from .errors import CareHubError
 from .hub.registry import locate
 
 PART = 4096  # images
+Arrays = Iterator[np.ndarray]  # (n, d), one after the other
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +55,18 @@ def embed_folder(
         parts.folder.mkdir(exist_ok=True)
         mine = parts.missing(accelerator.process_index, accelerator.num_processes)
         todo = [file for k in mine for file in files[parts.rows(k)]]
-        broken = _log_left_out if skip_broken_images else None
+        broken = partial(logger.warning, "left out: %s") if skip_broken_images else None
         stream = loaded.stream(todo, batch_size, space, broken=broken)
-        with _progress_bar(len(todo), accelerator) as bar:
+        hidden = not (accelerator.is_main_process and sys.stderr.isatty())
+        processes = accelerator.num_processes
+        title = "embedding" if processes == 1 else f"embedding, process 1 of {processes}"
+        with tqdm(total=len(todo), unit="image", desc=title, disable=hidden) as bar:
             parts.save(mine, _counted(stream, bar))
         accelerator.wait_for_everyone()
         return parts.join(path) if accelerator.is_main_process else ""
     except OSError as error:
-        reason = error.strerror or error
-        raise CareHubError(
-            f"'{output}' can't be written ({reason}); once that is mended, the same command resumes."
-        ) from error
+        advice = "once that is mended, the same command resumes"
+        raise CareHubError(f"'{output}' can't be written ({error.strerror or error}); {advice}.") from error
 
 
 def fingerprint_of(path: str | Path) -> str | None:
@@ -90,21 +92,10 @@ def _read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def _progress_bar(images: int, accelerator: Accelerator) -> tqdm:
-    processes = accelerator.num_processes
-    title = "embedding" if processes == 1 else f"embedding, process 1 of {processes}"
-    shown = accelerator.is_main_process and sys.stderr.isatty()
-    return tqdm(total=images, unit="image", desc=title, disable=not shown)
-
-
-def _counted(stream: Iterator[np.ndarray], bar: tqdm) -> Iterator[np.ndarray]:
+def _counted(stream: Arrays, bar: tqdm) -> Arrays:
     for z in stream:
         yield z
         bar.update(len(z))
-
-
-def _log_left_out(error: CareHubError) -> None:
-    logger.warning("left out: %s", error)
 
 
 @dataclass
@@ -116,9 +107,9 @@ class PartialEmbeddings:
     about: dict[str, str]  # metadata of the finished file
 
     @property
-    def count(self) -> int:
-        """Number of parts."""
-        return -(-len(self.names) // PART)
+    def numbers(self) -> range:
+        """All k."""
+        return range(-(-len(self.names) // PART))
 
     def rows(self, k: int) -> slice:
         """The images of part k."""
@@ -131,9 +122,9 @@ class PartialEmbeddings:
 
     def missing(self, rank: int, processes: int) -> list[int]:
         """Parts that process `rank` has to make and that are not there yet."""
-        return [k for k in range(rank, self.count, processes) if not self.file(k).is_file()]
+        return [k for k in self.numbers[rank::processes] if not self.file(k).is_file()]
 
-    def save(self, parts: list[int], stream: Iterator[np.ndarray]) -> None:
+    def save(self, parts: list[int], stream: Arrays) -> None:
         """Write `parts` from the batches of `stream`, whatever their length, each whole or not at all."""
         waiting: list[np.ndarray] = []
         for k in parts:
@@ -147,7 +138,7 @@ class PartialEmbeddings:
 
     def join(self, path: Path) -> str:
         """Write all parts as the file `path` and remove their folder; says what was written."""
-        good = [~np.isnan(self._read(k)[:, 0]) for k in range(self.count)]
+        good = [~np.isnan(self._read(k)[:, 0]) for k in self.numbers]
         names = [name for name, is_good in zip(self.names, np.concatenate(good), strict=True) if is_good]
         dim = self._read(0).shape[1]
         arrays = (self._read(k)[rows] for k, rows in enumerate(good))
@@ -172,19 +163,15 @@ class PartialEmbeddings:
         try:
             return np.load(self.file(k), allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise CareHubError(
-                f"the part '{self.file(k)}' is damaged; remove it and type the same command again."
-            ) from error
+            advice = "remove it and type the same command again"
+            raise CareHubError(f"the part '{self.file(k)}' is damaged; {advice}.") from error
 
 
-def _write_parquet(
-    path: Path, names: list[str], dim: int, arrays: Iterator[np.ndarray], about: dict[str, str]
-) -> None:
+def _write_parquet(path: Path, names: list[str], dim: int, arrays: Arrays, about: dict[str, str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = [("path", pa.string()), ("embedding", pa.list_(pa.float32(), dim))]
-    schema = pa.schema(columns, metadata=about)
+    schema = pa.schema({"path": pa.string(), "embedding": pa.list_(pa.float32(), dim)}, about)
     with open(path, "wb") as file, pq.ParquetWriter(file, schema) as writer:
         start = 0
         for z in arrays:
@@ -194,9 +181,7 @@ def _write_parquet(
             start += len(z)
 
 
-def _write_safetensors(
-    path: Path, names: list[str], dim: int, arrays: Iterator[np.ndarray], about: dict[str, str]
-) -> None:
+def _write_safetensors(path: Path, names: list[str], dim: int, arrays: Arrays, about: dict[str, str]) -> None:
     """By hand, since the library's writer wants the whole array: length of the header, header, numbers."""
     tensor = {"dtype": "F32", "shape": [len(names), dim], "data_offsets": [0, 4 * len(names) * dim]}
     header = json.dumps({"__metadata__": about | {"paths": json.dumps(names)}, "embeddings": tensor}).encode()
@@ -207,12 +192,13 @@ def _write_safetensors(
             file.write(z.astype("<f4").tobytes())
 
 
-def _write_npy(
-    path: Path, names: list[str], dim: int, arrays: Iterator[np.ndarray], about: dict[str, str]
-) -> None:
+def _write_npy(path: Path, names: list[str], dim: int, arrays: Arrays, about: dict[str, str]) -> None:
     """Numbers alone: the format has no place for `names` and `about`."""
     table = np.lib.format.open_memmap(path, "w+", np.dtype("<f4"), (len(names), dim))
-    _reserve(path)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            # OSError if the disk has no room for the (sparse) file: the memory map would end the process.
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     start = 0
     for z in arrays:
         table[start : start + len(z)] = z
@@ -220,14 +206,7 @@ def _write_npy(
     table.flush()
 
 
-def _reserve(path: Path) -> None:
-    """Raise OSError if the disk has no room for the (sparse) file: a memory map would end the process."""
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
-Writer = Callable[[Path, list[str], int, Iterator[np.ndarray], dict[str, str]], None]
+Writer = Callable[[Path, list[str], int, Arrays, dict[str, str]], None]
 WRITERS: dict[str, Writer] = {
     ".parquet": _write_parquet,
     ".safetensors": _write_safetensors,

@@ -172,7 +172,7 @@ class Encoder(nn.Module):
             z = self.embed(batch, space, dtype).cpu().numpy()
             if np.isnan(z).any():
                 raise CareHubError(
-                    "the encoder gives NaN; its weights are damaged, or numbers are too large for this dtype."
+                    "the encoder gives NaN; its weights are damaged, or too large for this dtype."
                 )
             z[bad] = np.nan
             yield z
@@ -225,10 +225,7 @@ class Encoder(nn.Module):
         Raises CareHubError where anything is missing, damaged or does not fit; nothing is ever
         unpickled.
         """
-        folder = locate(
-            source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
-        return cls.from_folder(folder)
+        return cls.from_folder(locate(source, revision, token, cache_dir, local_files_only))
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Encoder":
@@ -241,27 +238,21 @@ class Encoder(nn.Module):
         if head is None:
             config = replace(config, projection=None)
         elif config.projection != (found := export.projection_of(head)):
-            said = folder / "config.json"
-            raise CareHubError(
-                f"'{said}' and the weights disagree on the head: {config.projection}, {found}."
-            )
+            both = f"{config.projection}, {found}"
+            raise CareHubError(f"'{folder / 'config.json'}' and the weights disagree on the head: {both}.")
         encoder = cls(config)
-        _check_twin(stored, timm_config(config, encoder.backbone), config, folder)
-        stem = SMALL.get(config.model)
-        state = from_plain(state, stem) if stem else state
+        _check_twin(stored, timm_config(config, encoder.backbone), folder)
+        if stem := SMALL.get(config.model):
+            state = from_plain(state, stem)
         export.fill(encoder.backbone, state, folder / "model.safetensors")
         if head is not None and encoder.projection is not None:
             export.fill(encoder.projection, head, head_file)
         return encoder.eval()
 
 
-def _check_twin(
-    stored: dict[str, Any], expected: dict[str, Any], config: EncoderConfig, folder: Path
-) -> None:
+def _check_twin(stored: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:
     """Raise CareHubError where timm's keys and the `care` object describe different networks."""
     for key in ("architecture", "num_classes", "num_features", "pretrained_cfg", "model_args"):
         if stored.get(key) != expected.get(key):
-            raise CareHubError(
-                f"'{folder / 'config.json'}' contradicts itself: for {config.model}, {key} should be "
-                f"{expected.get(key)} and is {stored.get(key)}."
-            )
+            found = f"{key} should be {expected.get(key)} and is {stored.get(key)}"
+            raise CareHubError(f"'{folder / 'config.json'}' contradicts itself: {found}.")

@@ -3,9 +3,9 @@
 A name is a folder (a run's or an export), a name in the registry, or the id of a repository on the Hub.
 """
 
+import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,9 +89,7 @@ def load_classifier(source: str | Path, dataset: str | None = None, **hub_option
     encoder, head = load_encoder(folder), load_linear_head(folder, dataset)
     features = encoder.backbone.num_features
     if head.weight.shape[1] != features:
-        raise CareHubError(
-            f"the head for '{head.dataset}' does not take the {features} features of this encoder."
-        )
+        raise CareHubError(f"the head for '{head.dataset}' does not take this encoder's {features} features.")
     return Classifier(encoder, head)
 
 
@@ -109,10 +107,7 @@ def create_model(name: str, pretrained: bool = False, num_classes: int = 0, **kw
     if entry is None:
         return build_model(name, pretrained, num_classes, **kwargs)
     if kwargs:
-        given = ", ".join(kwargs)
-        raise CareHubError(
-            f"'{entry.name}' comes as it was trained; {given} can't be set with `pretrained=True`."
-        )
+        raise CareHubError(f"'{entry.name}' comes as it was trained; leave out {', '.join(kwargs)}.")
     backbone = Encoder.from_pretrained(entry.name).backbone.train()
     if num_classes:
         backbone.reset_classifier(num_classes)
@@ -131,9 +126,9 @@ def list_models(
     ['resnet18_cifar', 'resnet18_w16_cifar']
     """
     if hub:
-        return [name for name in find_repositories(author) if fnmatch(name, filter or "*")]
+        return fnmatch.filter(find_repositories(author), filter or "*")
     if pretrained:
-        return sorted(name for name in entries() if fnmatch(name, filter or "*"))
+        return sorted(fnmatch.filter(entries(), filter or "*"))
     return timm.list_models(filter)
 
 

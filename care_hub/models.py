@@ -55,7 +55,7 @@ class Stem:
     @property
     def upsampling(self) -> int:
         """Plain timm sees the image this many times larger, by nearest neighbor."""
-        return 4 if self.stride == 1 else 2
+        return 4 // self.stride
 
     @property
     def kernel_places(self) -> Tensor:
@@ -65,7 +65,7 @@ class Stem:
     @property
     def pool_place(self) -> int:
         """Where a 3x3 kernel that replaces the pool has its only weight."""
-        return 2 if self.stride == 1 else 1
+        return 2 // self.stride
 
 
 SMALL = {
@@ -76,14 +76,12 @@ SMALL = {
     "resnet10_w16_small": Stem("resnet18", 2, {"channels": [16, 32, 64, 128], "layers": [1, 1, 1, 1]}),
     "resnet10_w32_small": Stem("resnet18", 2, {"channels": [32, 64, 128, 256], "layers": [1, 1, 1, 1]}),
 }
-_BLOCKS = {
+BLOCKS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
 }
-
-
-_DEFAULT_CFG = {
+CFG = {
     "num_classes": 0,
     "input_size": (3, 32, 32),
     "crop_pct": 1.0,
@@ -94,51 +92,50 @@ _DEFAULT_CFG = {
     "classifier": "fc",
 }
 default_cfgs = generate_default_cfgs(
-    {name: _DEFAULT_CFG | {"pool_size": (4 // stem.stride,) * 2} for name, stem in SMALL.items()}
+    {name: CFG | {"pool_size": (4 // stem.stride,) * 2} for name, stem in SMALL.items()}
 )
 
 
-def _small_image_resnet(name: str, pretrained: bool, **kwargs: Any) -> SmallImageResNet:
-    stem = SMALL[name]
-    block, layers = _BLOCKS[stem.plain]
-    args = {"block": block, "layers": layers, "stem_stride": stem.stride} | stem.model_args | kwargs
-    return build_model_with_cfg(SmallImageResNet, name, pretrained, **args)
+def _build(name: str, pretrained: bool, **kwargs: Any) -> SmallImageResNet:
+    block, layers = BLOCKS[SMALL[name].plain]
+    args = {"block": block, "layers": layers, "stem_stride": SMALL[name].stride}
+    return build_model_with_cfg(SmallImageResNet, name, pretrained, **args | SMALL[name].model_args | kwargs)
 
 
 @register_model
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
     """ResNet-18 with a 3x3 stem of stride 1 and no pool."""
-    return _small_image_resnet("resnet18_cifar", pretrained, **kwargs)
+    return _build("resnet18_cifar", pretrained, **kwargs)
 
 
 @register_model
 def resnet34_cifar(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
     """ResNet-34 with a 3x3 stem of stride 1 and no pool."""
-    return _small_image_resnet("resnet34_cifar", pretrained, **kwargs)
+    return _build("resnet34_cifar", pretrained, **kwargs)
 
 
 @register_model
 def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
-    """ResNet-50 with a 3x3 stem of stride 1 and no pool: the network of the paper's CIFAR experiments."""
-    return _small_image_resnet("resnet50_cifar", pretrained, **kwargs)
+    """ResNet-50 with a 3x3 stem of stride 1 and no pool: that of the paper's CIFAR experiments."""
+    return _build("resnet50_cifar", pretrained, **kwargs)
 
 
 @register_model
 def resnet18_w16_cifar(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
     """A quarter as wide as `resnet18_cifar`."""
-    return _small_image_resnet("resnet18_w16_cifar", pretrained, **kwargs)
+    return _build("resnet18_w16_cifar", pretrained, **kwargs)
 
 
 @register_model
 def resnet10_w16_small(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
-    """One block per stage, 16 to 128 channels, stem of stride 2: minutes of training on two CPU cores."""
-    return _small_image_resnet("resnet10_w16_small", pretrained, **kwargs)
+    """One block per stage, 16 to 128 channels, stem of stride 2: trains in minutes on two CPU cores."""
+    return _build("resnet10_w16_small", pretrained, **kwargs)
 
 
 @register_model
 def resnet10_w32_small(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
     """Twice as wide as `resnet10_w16_small`."""
-    return _small_image_resnet("resnet10_w32_small", pretrained, **kwargs)
+    return _build("resnet10_w32_small", pretrained, **kwargs)
 
 
 def build_model(name: str, pretrained: bool = False, num_classes: int = 0, **kwargs: Any) -> Backbone:
@@ -151,10 +148,8 @@ def build_model(name: str, pretrained: bool = False, num_classes: int = 0, **kwa
         near = suggest(name, timm.list_models()) or "; care_hub.list_models() shows them"
         raise CareHubError(f"there is no model '{name}'{near}.")
     if pretrained and name.split(".", 1)[0] in SMALL:
-        raise CareHubError(
-            f"there are no pretrained weights for '{name}'; "
-            "care_hub.list_models(pretrained=True) shows those there are."
-        )
+        known = "care_hub.list_models(pretrained=True) shows those there are"
+        raise CareHubError(f"there are no pretrained weights for '{name}'; {known}.")
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
     except (TypeError, AssertionError) as error:
@@ -167,17 +162,13 @@ def build_backbone(model: str, image_size: int) -> Backbone:
     Raises CareHubError for an unknown name, and where patches do not fill an image.
     """
     known = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
-    needs_size = known is not None and known.fixed_input_size
-    size: dict[str, Any] = {"img_size": image_size} if needs_size else {}
+    size: dict[str, Any] = {"img_size": image_size} if known and known.fixed_input_size else {}
     backbone = build_model(model, **size).to(memory_format=torch.channels_last)
-    embedding = getattr(backbone, "patch_embed", None)
-    patch = max(getattr(embedding, "patch_size", None) or (1,))
+    patch = max(getattr(getattr(backbone, "patch_embed", None), "patch_size", None) or (1,))
     if image_size % patch:
         near = max(1, round(image_size / patch)) * patch
-        raise CareHubError(
-            f"{model} cuts images into patches of {patch} pixels, which do not fill {image_size}; "
-            f"use `image_size={near}`."
-        )
+        problem = f"{model} cuts images into patches of {patch} pixels, which do not fill {image_size}"
+        raise CareHubError(f"{problem}; use `image_size={near}`.")
     return backbone
 
 
@@ -220,16 +211,10 @@ def to_plain(state: dict[str, Tensor], stem: Stem) -> dict[str, Tensor]:
     kernel[:, :, places[:, None], places[None, :]] = small
     pool = small.new_zeros(width, width, 3, 3)
     pool[:, :, stem.pool_place, stem.pool_place] = torch.eye(width, dtype=small.dtype)
-    vector = state["bn1.weight"]  # kernels may be stored in half precision, vectors not
-    identity = {
-        "maxpool.0.weight": pool,
-        "maxpool.1.weight": vector.new_ones(width),
-        "maxpool.1.bias": vector.new_zeros(width),
-        "maxpool.1.running_mean": vector.new_zeros(width),
-        "maxpool.1.running_var": vector.new_ones(width) - 1e-5,  # BatchNorm adds its eps back
-        "maxpool.1.num_batches_tracked": torch.tensor(0),
-    }
-    return state | {"conv1.weight": kernel} | identity
+    # Kernels may be stored in half precision, vectors not.
+    norm = nn.BatchNorm2d(width, dtype=state["bn1.weight"].dtype).state_dict(prefix="maxpool.1.")
+    norm["maxpool.1.running_var"] -= 1e-5  # BatchNorm adds its eps back
+    return state | {"conv1.weight": kernel, "maxpool.0.weight": pool} | norm
 
 
 def from_plain(state: dict[str, Tensor], stem: Stem) -> dict[str, Tensor]:
@@ -245,7 +230,6 @@ def from_plain(state: dict[str, Tensor], stem: Stem) -> dict[str, Tensor]:
         same = False
     if not same:
         raise CareHubError(
-            "these weights are not a small-image ResNet written in plain timm; "
-            "the export is damaged or not ours."
+            "these weights are no small-image ResNet in plain timm; the export is damaged or not ours."
         )
     return small

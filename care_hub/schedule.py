@@ -24,19 +24,13 @@ class Plan:
         """The plan for `images` training images. Raises CareHubError if they do not fill one step."""
         per_step = config.batch_size * config.gradient_accumulation
         if images < per_step:
-            raise CareHubError(
-                f"{images} training images are fewer than the {per_step} of one optimizer step; "
-                "lower `batch_size`."
-            )
+            few = f"{images} training images are fewer than the {per_step} of one optimizer step"
+            raise CareHubError(f"{few}; lower `batch_size`.")
         per_epoch = images // per_step
         steps = config.epochs * per_epoch
-        return cls(
-            steps_per_epoch=per_epoch,
-            steps=steps,
-            stop=min(steps, config.max_steps or steps),
-            warmup=round(config.warmup_epochs * per_epoch),
-            weight_warmup=round(config.weight_warmup_epochs * per_epoch),
-        )
+        stop = min(steps, config.max_steps or steps)
+        warmup, weight_warmup = config.warmup_epochs * per_epoch, config.weight_warmup_epochs * per_epoch
+        return cls(per_epoch, steps, stop, round(warmup), round(weight_warmup))
 
 
 def lr_at(step: int, total: int, warmup: int, peak: float, schedule: str) -> float:

@@ -48,12 +48,9 @@ def make_views(
     cut = not isinstance(batch, Tensor)
     first, second = (batch, batch) if isinstance(batch, Tensor) else batch
     groups = config.equiv_splits if config.augmentation_scope == "group" else 1
-    here = {"rank": rank, "processes": processes}
 
-    def views(images: Tensor, stream: str, draws: int, cropped: bool, stride: int = 1) -> Tensor:
-        return two_views(
-            images, augmentation, config.seed, step, stream, draws, cropped=cropped, stride=stride, **here
-        )
+    def views(x: Tensor, stream: str, draws: int, cropped: bool, stride: int = 1) -> Tensor:
+        return two_views(x, augmentation, config.seed, step, stream, draws, rank, processes, cropped, stride)
 
     if config.weight and config.views == "shared":
         return (views(first, "shared", groups, cut, config.equivariance_stride),)
@@ -88,9 +85,8 @@ class ViewCutter:
         group = place // (c.batch_size // groups)
         outside = place % c.equivariance_stride != 0  # of the part that the equivariance loss sees
         if c.weight and c.views == "shared":
-            if outside:
-                return self._crops(image, "shared own", step, place), []
-            return self._crops(image, "shared", step, group), []
+            stream, unit = ("shared own", place) if outside else ("shared", group)
+            return self._crops(image, stream, step, unit), []
         contrastive = self._crops(image, "contrastive", step, place)
         if not c.weight or outside:
             return contrastive, []
@@ -133,11 +129,10 @@ def epoch_order(
     """
     size, per_epoch = config.batch_size // processes, plan.steps_per_epoch * config.gradient_accumulation
     first, last = start * config.gradient_accumulation, plan.stop * config.gradient_accumulation
-    shuffled, shuffled_epoch = torch.empty(0), -1
+    shuffled = torch.empty(0)
     for k in range(first, last):
         epoch, place = divmod(k, per_epoch)
-        if epoch != shuffled_epoch:
+        if k == first or place == 0:
             shuffled = torch.randperm(images, generator=seeded_generator(config.seed, "order", epoch))
-            shuffled_epoch = epoch
         begin = place * config.batch_size + rank * size
         yield shuffled[begin : begin + size]

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from ..errors import CareHubError
 
+Tensors = dict[str, Tensor]
+State = dict[str, Any]
+
 
 class CheckpointWriter:
     """Saves checkpoints in `folder`, one at a time, in a thread.
@@ -25,16 +28,13 @@ class CheckpointWriter:
         self.folder, self.pool, self.step = folder, ThreadPoolExecutor(1), 0
         self.running: Future[Path] | None = None
 
-    def save(
-        self, step: int, model: dict[str, Tensor], optimizer: dict[str, Any], extra: dict[str, Any]
-    ) -> None:
+    def save(self, step: int, model: Tensors, optimizer: State, extra: State) -> None:
         """Begin to write; first waits for the checkpoint before."""
         self.wait()
         state = {k: {n: _copy(v) for n, v in of.items()} for k, of in optimizer["state"].items()}
-        model = {k: _copy(v) for k, v in model.items()}
+        model, optimizer = {k: _copy(v) for k, v in model.items()}, optimizer | {"state": state}
         self.step = step
-        copied = optimizer | {"state": state}
-        self.running = self.pool.submit(save_checkpoint, self.folder, step, model, copied, extra)
+        self.running = self.pool.submit(save_checkpoint, self.folder, step, model, optimizer, extra)
 
     def wait(self) -> None:
         """Until all is on disk. Raises CareHubError if it could not be written."""
@@ -55,12 +55,7 @@ def _copy(value: Any) -> Any:
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: dict[str, Tensor],
-    optimizer: dict[str, Any],
-    extra: dict[str, Any],
-    retain: int = 2,
+    folder: Path, step: int, model: Tensors, optimizer: State, extra: State, retain: int = 2
 ) -> Path:
     """Write `folder`/step-XXXXXXXX and remove all but the newest `retain`.
 
@@ -91,7 +86,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+def load_checkpoint(folder: Path) -> tuple[Tensors, State, State]:
     """(model state, optimizer state, extra) of the newest checkpoint in `folder`.
 
     Raises CareHubError if there is none, or if it is damaged.
@@ -109,21 +104,17 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], di
         raise CareHubError(f"the checkpoint '{path}' is damaged ({error}); {advice}.") from error
 
 
-def _flatten(optimizer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _flatten(optimizer: State) -> tuple[Tensors, State]:
     """An optimizer's state_dict as flat tensors and what JSON can hold."""
-    tensors, plain = {}, {}
-    for index, state in optimizer["state"].items():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                plain[f"{index}.{name}"] = value
+    flat = {f"{index}.{name}": v for index, of in optimizer["state"].items() for name, v in of.items()}
+    tensors = {k: v for k, v in flat.items() if isinstance(v, Tensor)}
+    plain = {k: v for k, v in flat.items() if k not in tensors}
     return tensors, {"param_groups": optimizer["param_groups"], "plain": plain}
 
 
-def _unflatten(tensors: dict[str, Tensor], layout: dict[str, Any]) -> dict[str, Any]:
+def _unflatten(tensors: Tensors, layout: State) -> State:
     state: dict[int, dict[str, Any]] = {}
-    for key, value in [*tensors.items(), *layout["plain"].items()]:
+    for key, value in (tensors | layout["plain"]).items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": layout["param_groups"]}

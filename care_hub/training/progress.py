@@ -5,7 +5,6 @@ import logging
 import math
 import signal
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 import torch
@@ -32,13 +31,11 @@ class Interrupt:
         self.before = {number: signal.signal(number, self._ask) for number in self.signals}
         return self
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _ask(self, number: int, frame: object) -> None:
         self.asked = True
         signal.signal(number, self.before[number])
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -91,18 +88,14 @@ class Progress:
             return
         values = torch.stack([losses for *_, losses in self.pending]).tolist()
         images = self.config.batch_size * self.config.gradient_accumulation
-        for (step, lr, weight, seconds, _), (loss, infonce, equivariance) in zip(
-            self.pending, values, strict=True
-        ):
+        for pending, (loss, infonce, equivariance) in zip(self.pending, values, strict=True):
+            step, lr, weight, seconds, _ = pending
             if not math.isfinite(loss):
-                raise CareHubError(
-                    f"the loss became {loss} at step {step + 1}; lower `lr` or try `mixed_precision='no'` "
-                    "(earlier checkpoints are kept)."
-                )
+                advice = "lower `lr` or try `mixed_precision='no'` (earlier checkpoints are kept)"
+                raise CareHubError(f"the loss became {loss} at step {step + 1}; {advice}.")
             row = {"step": step + 1, "epoch": step // self.plan.steps_per_epoch + 1, "loss": loss}
             row |= {"infonce": infonce, "equivariance": equivariance, "weight": weight, "lr": lr}
-            row |= {"images_per_second": images / seconds}
-            self._write(row)
+            self._write(row | {"images_per_second": images / seconds})
         parts = f"loss {loss:.3f} infonce {infonce:.3f} equi {equivariance:.3f}"
         self.bar.set_postfix_str(f"{parts} {images / seconds:.0f} images/s", refresh=False)
         self.bar.update(len(self.pending))

@@ -34,7 +34,7 @@ def open_run(config: TrainConfig, main: bool) -> Path:
 
     All of them call it. Raises CareHubError, on all of them, if the folder exists or can't be made.
     """
-    name, problem = config.run_name, None
+    name, problem = config.run_name, ""
     if main and not config.resume:
         try:
             name = _make_folder(config)
@@ -47,8 +47,7 @@ def open_run(config: TrainConfig, main: bool) -> Path:
 
 
 def _make_folder(config: TrainConfig) -> str:
-    root = Path(config.save_root)
-    stem = f"{config.dataset_name.replace('/', '-')}-{config.method}"
+    root, stem = Path(config.save_root), f"{config.dataset_name.replace('/', '-')}-{config.method}"
     numbered = (f"{stem}-{k}" for k in itertools.count(1))
     for name in [config.run_name] if config.run_name else numbered:
         try:
@@ -59,10 +58,8 @@ def _make_folder(config: TrainConfig) -> str:
             continue
         except OSError as error:
             raise CareHubError(f"the run folder '{root / name}' can't be made ({error.strerror}).") from error
-    raise CareHubError(
-        f"the run folder '{root / str(config.run_name)}' exists; choose another `run_name`, "
-        "or resume it with `resume=True`."
-    )
+    advice = "choose another `run_name`, or resume it with `resume=True`"
+    raise CareHubError(f"the run folder '{root / name}' exists; {advice}.")
 
 
 def restore(
@@ -113,7 +110,5 @@ def push_run(run: Path, repo_id: str) -> None:
     try:
         logger.info("\nPushed     %s", push_folder(run / "export", repo_id))
     except CareHubError as error:
-        later = f"care-hub push {shlex.quote(str(run))} {repo_id}"
-        raise CareHubError(
-            f"the run is complete and saved, but it could not be pushed: {error} Push it later: {later}"
-        ) from error
+        later = f"Push it later: care-hub push {shlex.quote(str(run))} {repo_id}"
+        raise CareHubError(f"the run is saved, but it could not be pushed: {error} {later}") from error

@@ -4,6 +4,9 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
+
 from ..config import TrainConfig
 from ..data.images import Images
 from ..encoder import Encoder
@@ -12,16 +15,13 @@ from ..schedule import Plan, lr_at
 
 
 def plan_text(
-    config: TrainConfig,
-    plan: Plan,
-    encoder: Encoder,
-    train: Images,
-    processes: int,
-    device: str,
-    precision: str,
+    config: TrainConfig, plan: Plan, encoder: Encoder, train: Images, accelerator: Accelerator
 ) -> str:
     """The resolved plan in three lines."""
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
+    device = f"CPU, {torch.get_num_threads()} threads"
+    if accelerator.device.type == "cuda":
+        device = torch.cuda.get_device_name(accelerator.device)
     method = config.method_name
     if config.weight:
         method += f", weight {config.weight:g}"
@@ -38,19 +38,14 @@ def plan_text(
         optimizer += ", compiled"
     model = f"{config.model} ({millions:.1f} M parameters)"
     data = f"{config.dataset_name}, {len(train):,} images at {encoder.config.image_size} px"
-    precision = "float32" if precision == "no" else precision
+    mixed = accelerator.mixed_precision
+    precision = "float32" if mixed == "no" else mixed
     epochs = f"{plan.stop / plan.steps_per_epoch:.1f} epochs"
-    lines = [
-        f"{method} · {model} · {data}",
-        f"{plan.stop:,} steps of {batch} ({epochs}) on {processes} x {device}",
-        f"precision {precision}, channels_last, {optimizer}, images {train.description}",
-    ]
-    return "\n".join(lines)
-
-
-def skipped_text(split: str, images: Images) -> str:
-    """Which broken images of a split were left out."""
-    return f"skipped {len(images.skipped)} broken images in {split}: " + " ".join(images.skipped)
+    return (
+        f"{method} · {model} · {data}\n"
+        f"{plan.stop:,} steps of {batch} ({epochs}) on {accelerator.num_processes} x {device}\n"
+        f"precision {precision}, channels_last, {optimizer}, images {train.description}"
+    )
 
 
 def dry_run_text(config: TrainConfig, plan: Plan, processes: int, memory: float) -> str:
@@ -63,13 +58,8 @@ def dry_run_text(config: TrainConfig, plan: Plan, processes: int, memory: float)
     share = f"{config.batch_size // processes} images per process"
     if config.weight:
         share += f", {config.equiv_splits // processes} groups"
-    return "\n".join(
-        [
-            share,
-            f"learning rate {', '.join(rates)}",
-            f"about {memory / 2**30:.1f} GiB per process for the step (a guess)",
-        ]
-    )
+    memory_text = f"about {memory / 2**30:.1f} GiB per process for the step (a guess)"
+    return f"{share}\nlearning rate {', '.join(rates)}\n{memory_text}"
 
 
 def final_screen(
@@ -79,21 +69,15 @@ def final_screen(
     minutes, speed = results["training_seconds"] / 60, results["images_per_second"]
     trained = f"Trained {config.method_name} on {config.dataset_name}"
     lines = ["", f"{trained} in {minutes:.1f} minutes ({speed:.0f} images/s).", ""]
-    for metric in (METRICS[key] for key in FINAL_METRICS if key in results):
-        value = results[metric.key]
+    for key in [key for key in FINAL_METRICS if key in results]:
+        metric, value = METRICS[key], results[key]
         shown = f"{value:6.1f} %" if metric.unit == "%" else f"{value:8.4f}"
         lines.append(f"  {metric.title:<22}{shown:<10} {metric.meaning}")
     if skipped := len(train.skipped) + (len(test.skipped) if test else 0):
         lines += ["", f"  {skipped} broken images were skipped."]
-    lines += [
-        "",
-        f"Results    {run / 'results.json'}, {run / 'metrics.jsonl'}",
-        f"Encoder    {run / 'export'}   (neighbors.png there shows what it finds alike)",
-        "",
-        "Next",
-        *next_commands(config, run, test),
-    ]
-    return "\n".join(lines)
+    lines += ["", f"Results    {run / 'results.json'}, {run / 'metrics.jsonl'}"]
+    lines += [f"Encoder    {run / 'export'}   (neighbors.png there shows what it finds alike)"]
+    return "\n".join([*lines, "", "Next", *next_commands(config, run, test)])
 
 
 def next_commands(config: TrainConfig, run: Path, test: Images | None) -> list[str]:
@@ -112,11 +96,9 @@ def next_commands(config: TrainConfig, run: Path, test: Images | None) -> list[s
         plain = shlex.quote(f"{run.name}-plain")
         if config.push_to_hub:
             plain += " --push-to-hub ''"
-        file = shlex.quote(str(run / "config.yaml"))
-        twin = shlex.quote(f"{run}-plain")
-        commands += [
-            f"  accelerate launch train.py --config {file} --weight 0 --run-name {plain}   # the baseline"
-        ]
+        train = f"train.py --config {shlex.quote(str(run / 'config.yaml'))} --weight 0 --run-name {plain}"
+        commands += [f"  accelerate launch {train}   # the baseline"]
         if test:
+            twin = shlex.quote(f"{run}-plain")
             commands += [f"  care-hub equivariance {name} {twin} {data} -o compared"]
     return commands

@@ -100,9 +100,8 @@ def precision(wanted: str) -> str:
         return wanted
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "no"
-    probes = [
-        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    ]
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    probes = [getattr(torch.cpu, name, None) for name in names]
     return "bf16" if any(probe() for probe in probes if probe) else "no"
 
 
@@ -132,19 +131,15 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Setup:
 def log_plan(setup: Setup) -> None:
     """The plan, the images that were skipped and, for a dry run, what can be known in advance."""
     config, accelerator = setup.config, setup.accelerator
-    processes, device = accelerator.num_processes, f"CPU, {torch.get_num_threads()} threads"
-    if accelerator.device.type == "cuda":
-        device = torch.cuda.get_device_name(accelerator.device)
-    precision = accelerator.mixed_precision
-    logger.info(
-        summary.plan_text(config, setup.plan, setup.encoder, setup.train, processes, device, precision)
-    )
+    logger.info(summary.plan_text(config, setup.plan, setup.encoder, setup.train, accelerator))
     for split, images in (("train", setup.train), ("test", setup.test)):
         if images is not None and images.skipped:
-            logger.info(summary.skipped_text(split, images))
+            names = " ".join(images.skipped)
+            logger.info("skipped %d broken images in %s: %s", len(images.skipped), split, names)
     if config.dry_run:
+        processes = accelerator.num_processes
         share = config.batch_size // processes
-        memory = step_memory(config, setup.encoder, share, precision)
+        memory = step_memory(config, setup.encoder, share, accelerator.mixed_precision)
         logger.info(summary.dry_run_text(config, setup.plan, processes, memory))
 
 
@@ -247,10 +242,8 @@ def finish(setup: Setup, session: Session, done: int) -> dict[str, float]:
     save_checkpoint(setup, session, done)
     if done < setup.plan.stop:
         session.writer.wait()
-        raise CareHubError(
-            f"stopped at step {done} of {setup.plan.stop}; "
-            f"resume it with `resume=True` `run_name='{folder.name}'`."
-        )
+        resume = f"resume it with `resume=True` `run_name='{folder.name}'`"
+        raise CareHubError(f"stopped at step {done} of {setup.plan.stop}; {resume}.")
     results = final_results(config, setup.encoder, setup.train, setup.test, setup.augmentation, accelerator)
     session.writer.wait()
     seconds, images = session.progress.seconds, done * config.batch_size * config.gradient_accumulation
