@@ -71,6 +71,7 @@ def test_each_named_set_is_read_in_its_hub_layout(tmp_path):
     assert len(load_split(DataConfig("imagenet100", root), "test")) == 4
 
 
+@pytest.mark.launches
 def test_real_cifar10_is_read_as_it_is(shared):
     root = shared("data/cifar10")
     images = load_split(DataConfig("cifar10", str(root)), "test", progress=False)

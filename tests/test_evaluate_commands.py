@@ -19,6 +19,8 @@ from care_hub.evaluate.equivariance import FAMILIES
 from care_hub.hub.evaluation_record import read_record
 from care_hub.metrics import knn_top1
 
+pytestmark = pytest.mark.launches
+
 
 @pytest.fixture
 def encoder(tiny_run, tmp_path):
@@ -56,7 +58,6 @@ def test_eval_linear_saves_head_card_and_result(encoder):
     assert card_values(encoder / "export")["linear probe top-1 (backbone)"] == result["top1"]
 
 
-@pytest.mark.launches
 def test_two_processes_get_what_one_gets(encoder, photos):
     one = eval_linear(encoder, *on(photos))
     done = run(*TORCHRUN, ROOT / "eval_linear.py", "--encoder", encoder, *on(photos))
@@ -196,7 +197,6 @@ def test_encoders_side_by_side(encoder, photos, tmp_path):
         assert read_record(folder)["equivariance"]["imagefolder"] == first
 
 
-@pytest.mark.launches
 def test_two_processes_measure_equivariance_once(encoder, photos, tmp_path):
     """The second used to measure too, and to write the same files at the same time."""
     words = on(photos, "--draws", 1, "-o")

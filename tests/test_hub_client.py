@@ -11,6 +11,8 @@ from care_hub.hub import client
 from care_hub.hub.client import ask, check_name
 from care_hub.hub.push import push_folder
 
+pytestmark = pytest.mark.launches
+
 
 def test_a_hub_that_stays_broken_is_one_sentence(server, export):
     server.faults = {"/commit/": [503] * 20}

@@ -44,7 +44,7 @@ def test_a_head_of_other_weights_or_of_nonsense_is_refused(export):
     with pytest.raises(CareHubError, match="trained on other weights"):
         care_hub.load_linear_head(export, dataset="shapes")
     LinearHead("narrow", torch.ones(2, 7), torch.ones(2), ["a", "b"], {}).save(export)
-    with pytest.raises(CareHubError, match="does not take the 128 features"):
+    with pytest.raises(CareHubError, match="does not take this encoder's 128 features"):
         care_hub.load_classifier(export, dataset="narrow")
     with pytest.raises(CareHubError, match="no linear head for 'cifar10'; it has: narrow, shapes"):
         care_hub.load_linear_head(export, dataset="cifar10")

@@ -14,8 +14,9 @@ from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
 from care_hub.hub.push import push_folder
 
+pytestmark = pytest.mark.launches
 
-@pytest.mark.launches
+
 def test_pushed_and_loaded_in_a_fresh_process_with_a_fresh_cache_it_is_the_same(server, export, tmp_path):
     url = push_folder(export, "lab/tiny", private=True)
     assert url.startswith(f"{server.url}/lab/tiny/commit/")
