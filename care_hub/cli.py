@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 
 import click
 
-from .config import FORMER_NAMES, DataConfig, EvalConfig, TrainConfig, read_yaml
+from .config import FORMER_NAMES, PUBLIC_CODE, DataConfig, EvalConfig, TrainConfig, read_yaml, typed_options
 from .errors import CareHubError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+METAVARS: dict[type, str] = {int: "INTEGER", float: "FLOAT", str: "TEXT"}
 AT_LEAST_1, PATH = click.IntRange(min=1), click.Path()
 batch_size_option = click.option("--batch-size", type=AT_LEAST_1, default=256)
 encoder_option = click.option(
@@ -56,12 +57,24 @@ class Command(click.Command):
             log.removeHandler(screen)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """Former names of options are understood, and not shown."""
+        """Former names of options are understood, and not shown; those of the public code are explained."""
         former = {flag(before): flag(now) for before, now in FORMER_NAMES.items()}
-        words = (word.partition("=") for word in args)
-        return super().parse_args(
-            context, [former.get(name, name) + sign + value for name, sign, value in words]
-        )
+        words = [word.partition("=") for word in args]
+        now = [former.get(name, name) + sign + value for name, sign, value in words]
+        try:
+            return super().parse_args(context, now)
+        except click.NoSuchOption:
+            if advice := self._instead([name for name, _, _ in words]):
+                raise click.ClickException(advice) from None
+            raise
+
+    def _instead(self, words: list[str]) -> str:
+        """What to give instead of the options of the public code among `words`."""
+        if "equiv_splits" not in {parameter.name for parameter in self.params}:
+            return ""
+        names = {word: word.lstrip("-").replace("-", "_") for word in words if word.startswith("-")}
+        found = [f"for {w} give {PUBLIC_CODE[name]}" for w, name in names.items() if name in PUBLIC_CODE]
+        return self._sentence("options have other names here: " + "; ".join(found) + ".") if found else ""
 
     def _sentence(self, message: str) -> str:
         """An error as the command line speaks: `option=value` in backticks becomes a flag."""
@@ -143,29 +156,23 @@ def _option_of(option: dataclasses.Field, hint: Any) -> Callable[[Function], Fun
     settings = {"help": about["help"], "default": default, "required": default == "", "cls": Option}
     settings |= {"group": about["group"], "show_default": default != ""}
     name = flag(option.name)
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-    if typing.get_origin(hint) is tuple:
-        settings |= {"nargs": len(kinds), "type": float}
-    elif hint is bool and default:
-        name = f"{name}/--no-{name[2:]}"
-    elif hint is bool:
-        settings["is_flag"] = True
-    elif about["choices"]:
-        settings["type"] = click.Choice(about["choices"])
-    else:
-        settings["type"] = kinds[0] if kinds else hint
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
+    if hint is bool:
+        name, settings["is_flag"] = f"{name}/--no-{name[2:]}" if default else name, True
+    else:  # as typed: `typed_options` reads it, as it reads YAML
+        names = (
+            f"[{'|'.join(about['choices'])}]" if about["choices"] else " ".join(METAVARS[k] for k in kinds)
+        )
+        settings |= {"type": click.UNPROCESSED, "nargs": len(kinds), "metavar": names}
     return click.option(name, option.name, **settings)
 
 
 def resolve(given: dict[str, Any], config_file: str | None) -> TrainConfig:
     """Options: defaults < the saved run (with --resume) < the YAML file < flags given by hand."""
-    values = (read_yaml(config_file) if config_file else {}) | given
+    values = typed_options(TrainConfig, (read_yaml(config_file) if config_file else {}) | given)
     if values.get("resume") and values.get("run_name"):
         values = _resumed(values)
-    try:
-        return TrainConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise CareHubError(f"an option has a value of the wrong kind ({error}).") from error
+    return TrainConfig(**values)
 
 
 def _resumed(values: dict[str, Any]) -> dict[str, Any]:
@@ -173,12 +180,11 @@ def _resumed(values: dict[str, Any]) -> dict[str, Any]:
     saved = Path(values.get("save_root", TrainConfig.save_root)) / values["run_name"] / "config.yaml"
     if not saved.is_file():
         raise CareHubError(f"there is no run to resume at '{saved.parent}'.")
-    before = read_yaml(saved)
+    before = typed_options(TrainConfig, read_yaml(saved))
     fixed = {f.name for f in dataclasses.fields(TrainConfig) if not f.metadata["changeable"]}
     for name in values.keys() & fixed:
-        value = list(values[name]) if isinstance(values[name], tuple) else values[name]
-        if before.get(name) != value:
-            change = f"`{name}` was {before.get(name)} in this run and can't become {value}"
+        if before.get(name) != values[name]:
+            change = f"`{name}` was {before.get(name)} in this run and can't become {values[name]}"
             raise CareHubError(f"{change} when it is resumed; start a new run for that.")
     return before | values
 

@@ -5,6 +5,12 @@ recipes/shapes.yaml.
 """
 
 import dataclasses
+import math
+import numbers
+import os
+import typing
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -58,11 +64,9 @@ class DataConfig:
     skip_broken_images: bool = _data(False, "count and name images that can't be decoded instead of stopping")
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            if choices and value not in choices:
-                near = suggest(str(value), choices)
-                raise CareHubError(f"`{f.name}` can't be '{value}'{near}; choose from {', '.join(choices)}.")
+        vars(self).update(typed_options(type(self), vars(self)))
+        if not self.dataset_name:
+            raise CareHubError("`dataset_name` is missing.")
         check_numbers(self, at_least_0="num_workers")
 
 
@@ -123,7 +127,9 @@ class TrainConfig(DataConfig):
     epochs: int = _optim(12, "passes over the training images")
     batch_size: int = _optim(64, "images per micro-batch over all processes together")
     gradient_accumulation: int = _optim(
-        1, "micro-batches averaged per optimizer step; negatives and groups are those of one micro-batch"
+        None,
+        "micro-batches averaged per optimizer step (default: Accelerate's, else 1); negatives and groups are "
+        "those of one micro-batch",
     )
     optimizer: str = _optim("sgd", "adam, adamw, sgd or lars", ("adam", "adamw", "sgd", "lars"))
     lr: float = _optim(0.2, "peak learning rate")
@@ -145,6 +151,9 @@ class TrainConfig(DataConfig):
     run_name: str | None = _run(None, "name of the run folder (default: <dataset>-<method>-<free number>)")
     resume: bool = _run(False, "resume from the newest complete checkpoint of --run-name")
     log_with: str = _run("none", "none, tensorboard or wandb", ("none", "tensorboard", "wandb"))
+    log_freq: int = _run(1, "steps between values sent to the tracker")
+    project: str | None = _run(None, "the tracker's project (default: WANDB_PROJECT, else care_hub)")
+    user: str | None = _run(None, "wandb's entity, a user or a team (default: WANDB_ENTITY)")
     push_to_hub: str | None = _run(
         None, "ORG/NAME: push the export there when training ends; token and name are checked before"
     )
@@ -152,8 +161,9 @@ class TrainConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        brightness, contrast, saturation, hue = self.jitter  # a list where it comes from YAML
-        self.jitter = (brightness, contrast, saturation, hue)
+        self.accumulation_given = self.gradient_accumulation is not None
+        if not self.accumulation_given:
+            self.gradient_accumulation = 1
         if self.knn_every is None:
             self.knn_every = 0 if self.max_steps else 5
         if self.train_simclr:
@@ -164,8 +174,9 @@ class TrainConfig(DataConfig):
         check_numbers(
             self,
             "batch_size gradient_accumulation epochs equiv_splits temperature projection_dim "
-            "projection_hidden knn_bank max_steps checkpoint_every image_size",
-            at_least_0="weight lr weight_decay warmup_epochs weight_warmup_epochs knn_every",
+            "projection_hidden knn_bank max_steps checkpoint_every image_size log_freq "
+            "equivariant_batch_size blur_kernel_size",
+            at_least_0="weight lr momentum weight_decay warmup_epochs weight_warmup_epochs knn_every",
         )
         if self.blur_kernel_size % 2 == 0:
             raise CareHubError(f"`blur_kernel_size` must be odd, got {self.blur_kernel_size}.")
@@ -173,8 +184,13 @@ class TrainConfig(DataConfig):
             raise CareHubError("`resume` needs `run_name`, the name of the run to resume.")
         if self.weight == 0 and self.loss_subtype == "none":
             raise CareHubError("`loss_subtype='none'` with `weight=0` leaves no loss at all; change one.")
-        if not 0 <= self.momentum_encoder <= 1:
-            raise CareHubError(f"`momentum_encoder` must lie in [0, 1], got {self.momentum_encoder}.")
+        for name in ("momentum_encoder", "jitter_p", "grayscale", "blur"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise CareHubError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
+        if not 0 < self.crop_scale <= 1:
+            raise CareHubError(f"`crop_scale` must lie in (0, 1], got {self.crop_scale}.")
+        if min(self.jitter) < 0:
+            raise CareHubError(f"`jitter` can't be negative, got {self.jitter}.")
         if self.method == "moco" and self.loss_subtype != "infonce":
             raise CareHubError("`loss_subtype` belongs to SimCLR's loss; with `method='moco'` use infonce.")
         if self.queue_size is not None and (self.queue_size <= 0 or self.queue_size % self.batch_size):
@@ -198,6 +214,21 @@ class TrainConfig(DataConfig):
                 f"{part} images do not make `equiv_splits={self.equiv_splits}` equal groups of at least 2; "
                 f"the nearest that works is {near}."
             )
+
+    def take_over(self, launched: int | None) -> "TrainConfig":
+        """These options with the accumulation that Accelerate was `launched` with, where none was given.
+
+        Raises CareHubError if both are given and differ.
+        """
+        if launched in (None, self.gradient_accumulation):
+            return self
+        if self.accumulation_given:
+            ours = f"`gradient_accumulation={self.gradient_accumulation}`"
+            theirs = f"Accelerate's gradient_accumulation_steps {launched}"
+            raise CareHubError(f"{ours} and {theirs} ({ACCUMULATION}) differ; give one of them.")
+        taken = dataclasses.replace(self, gradient_accumulation=launched)
+        taken.accumulation_given = False
+        return taken
 
     def check_processes(self, count: int) -> None:
         """Raise CareHubError if the batch or its groups can't be spread over `count` processes."""
@@ -258,12 +289,11 @@ class EvalConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("encoder", "dataset_name"):
-            if not getattr(self, name):
-                raise CareHubError(f"`{name}` is missing.")
+        if not self.encoder:
+            raise CareHubError("`encoder` is missing.")
         if self.epochs is None:
             self.epochs = {"sgd": 100, "finetune": 10}.get(self.protocol, 1)
-        check_numbers(self, positive="epochs seeds", at_least_0="augmented_copies")
+        check_numbers(self, positive="epochs seeds lr", at_least_0="augmented_copies")
         if not 0 < self.label_fraction <= 1:
             raise CareHubError(f"`label_fraction` must lie in (0, 1], got {self.label_fraction}.")
         if self.augmented_copies and self.protocol != "sgd":
@@ -344,6 +374,83 @@ def check_numbers(config: DataConfig, positive: str = "", at_least_0: str = "") 
             raise CareHubError(f"`{name}` can't be negative, got {getattr(config, name)}.")
 
 
+def typed_options(config_class: type[DataConfig], values: dict[str, Any]) -> dict[str, Any]:
+    """`values` of options with the types that `config_class` declares, however they are spelled.
+
+    Raises CareHubError for those that have none.
+
+    >>> typed_options(TrainConfig, {"lr": "1e-3", "mixed_precision": False, "optimizer": "SGD"})
+    {'lr': 0.001, 'mixed_precision': 'no', 'optimizer': 'sgd'}
+    """
+    hints, known = typing.get_type_hints(config_class), config_class.__dataclass_fields__
+    return {k: _typed(known[k], hints[k], v) if k in known else v for k, v in values.items()}
+
+
+def _typed(option: dataclasses.Field, hint: Any, value: Any) -> Any:
+    if choices := option.metadata["choices"]:
+        word = "no" if value is False else str(value).lower()  # YAML reads `no` as False, `null` as None
+        if word in choices:
+            return word
+        near = suggest(word, choices)
+        raise CareHubError(f"`{option.name}` can't be '{value}'{near}; choose from {', '.join(choices)}.")
+    if value is None and option.default is None:
+        return None
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
+    name, read = KINDS[kinds[0]]
+    try:
+        if len(kinds) == 1:
+            return read(value)
+        name = f"{len(kinds)} numbers"
+        if not isinstance(value, list | tuple) or len(value) != len(kinds):
+            raise ValueError
+        return tuple(read(part) for part in value)
+    except (TypeError, ValueError, OverflowError):
+        raise CareHubError(f"`{option.name}` must be {name}, got {value!r}.") from None
+
+
+def _read_flag(value: Any) -> bool:
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    word = str(value).lower() if isinstance(value, bool | str) else ""
+    if word not in words:
+        raise ValueError
+    return words[word]
+
+
+def _read_whole_number(value: Any) -> int:
+    number: float = math.nan
+    if isinstance(value, str | numbers.Integral) and not isinstance(value, bool):
+        with suppress(ValueError):
+            number = int(value)
+    number = _read_number(value) if math.isnan(number) else number
+    if number != int(number) or abs(number) >= 2**63:
+        raise ValueError
+    return int(number)
+
+
+def _read_number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
+        raise TypeError
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _read_text(value: Any) -> str:
+    text = os.fspath(value)
+    if not isinstance(text, str):
+        raise TypeError
+    return text
+
+
+KINDS: dict[type, tuple[str, Callable[[Any], Any]]] = {
+    bool: ("true or false", _read_flag),
+    int: ("a whole number", _read_whole_number),
+    float: ("a finite number", _read_number),
+    str: ("text (in YAML: in quotes)", _read_text),
+}
+
+
 def nearest_divisor(number: int, wanted: int, most: int | None = None) -> int:
     """The divisor of `number`, at most `most`, that is nearest to `wanted`."""
     divisors = [k for k in range(1, (most or number) + 1) if number % k == 0]
@@ -364,16 +471,53 @@ FORMER_NAMES = {
 }
 
 
+ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"  # Accelerate's name in the environment
+
+# Options of the public code that have another name here, and what to give instead.
+PUBLIC_CODE = {
+    "a": "`model`",
+    "arch": "`model`",
+    "b": "`batch_size`",
+    "cos": "`lr_schedule_type='cosine'`",
+    "data": "`data_root`",
+    "dist_backend": "nothing: the launcher says it",
+    "dist_url": "nothing: the launcher says it",
+    "equiv_splits_per_gpu": "`equiv_splits`, which counts the groups of all processes together",
+    "feature_dim": "`projection_dim`",
+    "j": "`num_workers`",
+    "kernel_size": "`blur_kernel_size`",
+    "learning_rate": "`lr`",
+    "log_root": "`save_root`",
+    "moco_dim": "`projection_dim`",
+    "moco_k": "`queue_size`",
+    "moco_m": "`momentum_encoder`",
+    "moco_t": "`temperature`",
+    "multiprocessing_distributed": "nothing: the launcher says it",
+    "no_knn": "`knn_every=0`",
+    "p": "`log_freq`",
+    "print_freq": "`log_freq`",
+    "save_only_last_checkpoint": "`checkpoint_every`; the newest two are kept",
+    "schedule": "`lr_schedule_type`",
+    "split_batch": "`batch_size`, which counts the images of all processes together",
+    "sync_batchnorm": "nothing: batch statistics are those of all processes",
+    "test_freq": "`knn_every`",
+    "wd": "`weight_decay`",
+    "workers": "`num_workers`",
+}
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Options in a YAML file, by their names; former names are understood.
 
     Raises CareHubError for a missing or malformed file or an unknown option.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise CareHubError(f"the configuration '{path}' can't be read ({error.strerror}).") from error
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise CareHubError(f"the configuration '{path}' is not UTF-8 text.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CareHubError(
             f"the configuration '{path}' is not valid YAML: {' '.join(str(error).split())}"
         ) from error
@@ -385,7 +529,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     data = renamed_options({str(k).replace("-", "_"): v for k, v in data.items()})
     for name in data:
         if name not in known:
-            near = suggest(name, known)
+            near = f"; give {PUBLIC_CODE[name]}" if name in PUBLIC_CODE else suggest(name, known)
             raise CareHubError(f"the configuration '{path}' has an unknown option '{name}'{near}.")
     return data
 

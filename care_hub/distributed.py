@@ -5,14 +5,19 @@ averages the gradients of the W processes. So the gradient that leaves `gather` 
 the processes, W times dL / dx.
 """
 
+import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .config import ACCUMULATION
+from .errors import CareHubError
 
 
 def world() -> tuple[int, int]:
@@ -123,5 +128,21 @@ def _global_twin(norm: Any) -> GlobalBatchNorm:
 
 
 def inference_accelerator() -> Accelerator:
-    """An accelerate.Accelerator for work without training, on the CPU if there is no accelerator."""
-    return Accelerator(cpu=not torch.accelerator.is_available())
+    """An accelerate.Accelerator for evaluation, on the CPU if there is no accelerator."""
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=launched_accumulation() or 1),
+    )
+
+
+def launched_accumulation() -> int | None:
+    """The gradient_accumulation_steps that Accelerate was launched with, None for none.
+
+    Raises CareHubError for what is no number of steps.
+    """
+    given = os.environ.get(ACCUMULATION, "").strip()
+    if not given:
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise CareHubError(f"{ACCUMULATION} must be a whole number from 1 on, got '{given}'.")
+    return int(given)

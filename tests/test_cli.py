@@ -2,11 +2,14 @@
 
 import click
 import pytest
+import torch
 from helpers import care_hub_command, command, run
 
 from care_hub import cli
-from care_hub.config import TrainConfig
+from care_hub.config import EvalConfig, TrainConfig, to_yaml
+from care_hub.data.images import InMemoryImages
 from care_hub.errors import CareHubError
+from care_hub.training import trainer
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
@@ -17,12 +20,96 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert config.lr == TrainConfig.lr
 
 
-def test_values_of_the_wrong_kind_are_refused(tmp_path):
+def test_values_of_the_wrong_kind_are_refused_alike_in_files_and_as_flags(tmp_path):
     file = tmp_path / "mine.yaml"
-    for text in ("epochs: many", "jitter: [0.1]"):
-        file.write_text(text)
-        with pytest.raises(CareHubError, match="wrong kind"):
-            cli.resolve({}, str(file))
+    for name, value in [("epochs", "many"), ("lr", "inf"), ("seed", "1.5"), ("optimizer", "adma")]:
+        file.write_text(f"{name}: '{value}'")
+        said = [
+            command(cli.train, "--config", file, ok=False),
+            command(cli.train, f"--{name}", value, ok=False),
+        ]
+        assert said[0] == said[1] and f"Error: --{name} " in said[0] and f"'{value}'" in said[0]
+    data = ("--dataset-name", "shapes", "--num-workers", "two")
+    for words in [("knn", "x", *data), ("equivariance", "x", *data)]:
+        assert "--num-workers must be a whole number" in care_hub_command(*words, ok=False)
+    refused = command(cli.eval_linear, "--encoder", "x", *data[:2], "--label-fraction", "nan", ok=False)
+    assert "--label-fraction must be a finite number" in refused
+
+
+def test_choices_are_found_in_any_case(monkeypatch):
+    monkeypatch.setattr(cli, "_print_json", lambda result: None)
+    monkeypatch.setattr("care_hub.evaluate.commands.evaluate", lambda config: found.append(config))
+    found: list[EvalConfig] = []
+    command(cli.eval_linear, "--encoder", "x", "--dataset-name", "shapes", "--optimizer", "SGD")
+    assert found[0].optimizer == "sgd"
+    assert cli.resolve({"optimizer": "SGD", "mixed_precision": "No"}, None).optimizer == "sgd"
+
+
+def test_a_resumed_run_compares_values_as_they_are_meant(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.yaml").write_text(to_yaml(TrainConfig(lr=0.001, optimizer="adam")))
+    place = {"save_root": tmp_path, "run_name": "r", "resume": "yes"}
+    same = {"lr": "1e-3", "optimizer": "Adam", "jitter": ["0.3", 0.3, 0.3, 0.5]}
+    assert cli.resolve(place | same, None).optimizer == "adam"
+    with pytest.raises(CareHubError, match=r"`lr` was 0[.]001 in this run and can't become 0[.]002"):
+        cli.resolve(place | {"lr": "2e-3"}, None)
+
+
+PUBLISHED = [  # the public code's scripts, but for paths
+    "--dataset-name cifar10 --weight 0.03 --equiv-splits 16",
+    "--dataset-name cifar100 --weight 0.001 --equiv-splits 4",
+    "--dataset-name stl10 --weight 0.01 --equiv-splits 8 --optimizer SGD --lr 0.06 --weight-decay 5e-4 "
+    "--lr-schedule-type cosine --warmup-epochs 10",
+    "--dataset-name cifar10 --weight 0.03 --equiv-splits 16 --optimizer Adam --train-simclr",
+]
+
+
+@pytest.mark.parametrize("flags", PUBLISHED)
+def test_published_command_lines_are_accepted(flags, tmp_path, monkeypatch):
+    pixels = torch.zeros(512, 3, 32, 32, dtype=torch.uint8)
+    images = InMemoryImages(32, torch.zeros(512, dtype=torch.long), ["black"], pixels)
+    monkeypatch.setattr(trainer, "load_splits", lambda *_, **__: (images, images))
+    common = (
+        "--model resnet50 --temperature 0.5 --epochs 400 --batch-size 256 --log-freq 1 --data-root ./data"
+    )
+    ours = [
+        "--project",
+        "project_name",
+        "--user",
+        "sample_user",
+        "--run-name",
+        "test",
+        "--save-root",
+        tmp_path,
+    ]
+    plan = command(cli.train, *common.split(), *flags.split(), *ours, "--dry-run")
+    assert "resnet50" in plan and "800 steps of 256 images" in plan
+
+
+def test_options_of_the_public_code_for_imagenet_are_explained_each():
+    words = (
+        "-a resnet50 --lr 0.4 --batch-size 256 --dist-url env:// --moco-t 0.2 --moco-m 0.99 --moco-k=65536 "
+    )
+    words += (
+        "--epochs 200 --cos --log-root x --data y --run-name z --method simclr --split-batch --weight 0.005 "
+    )
+    words += "--equiv-splits-per-gpu 4 --save-only-last-checkpoint --project p --user u"
+    said = command(cli.train, *words.split(), ok=False)
+    for name, new in {
+        "-a": "--model",
+        "--moco-t": "--temperature",
+        "--moco-m": "--momentum-encoder",
+        "--moco-k": "--queue-size",
+        "--cos": "--lr-schedule-type cosine",
+        "--log-root": "--save-root",
+        "--data": "--data-root",
+        "--split-batch": "--batch-size",
+        "--equiv-splits-per-gpu": "--equiv-splits",
+        "--save-only-last-checkpoint": "--checkpoint-every",
+        "--dist-url": "nothing",
+    }.items():
+        assert f"for {name} give {new}" in said
+    assert "No such option" in command(cli.train, "--mocha", ok=False)
 
 
 def test_help_shows_options_under_their_groups_and_whole_summaries():

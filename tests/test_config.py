@@ -2,12 +2,24 @@
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from helpers import ROOT
 
-from care_hub.config import DataConfig, EncoderConfig, EvalConfig, TrainConfig, read_yaml, to_yaml
+from care_hub.config import (
+    PUBLIC_CODE,
+    DataConfig,
+    EncoderConfig,
+    EvalConfig,
+    TrainConfig,
+    read_yaml,
+    to_yaml,
+    typed_options,
+)
 from care_hub.errors import CareHubError
 
 
@@ -29,6 +41,9 @@ def test_paths_and_names_of_this_machine_are_not_published():
         "dry_run",
         "log_with",
         "num_workers",
+        "project",
+        "user",
+        "log_freq",
     }
     assert not private & published.keys()
 
@@ -47,12 +62,93 @@ def test_paths_and_names_of_this_machine_are_not_published():
         ({"method": "moco", "queue_size": 100}, "the nearest is 128"),
         ({"batch_size": 64, "equivariant_batch_size": 24}, "the nearest that does is 16"),
         ({"batch_size": 100, "equiv_splits": 16}, "the nearest that works is 20"),
+        ({"equivariant_batch_size": 0}, "`equivariant_batch_size` must be positive"),
+        ({"log_freq": 0}, "`log_freq` must be positive"),
+        ({"grayscale": 1.5}, "`grayscale` must lie in [0, 1], got 1.5."),
+        ({"crop_scale": 0}, "`crop_scale` must lie in (0, 1]"),
+        ({"jitter": [0.1, 0.1, -0.1, 0.1]}, "`jitter` can't be negative"),
+        ({"momentum": -0.9}, "`momentum` can't be negative"),
+        ({"dataset_name": ""}, "`dataset_name` is missing."),
     ],
 )
 def test_values_that_can_not_work_are_refused_in_one_sentence(options, sentence):
     with pytest.raises(CareHubError) as refused:
         TrainConfig(**options)
     assert sentence in str(refused.value) and "--" not in str(refused.value)
+
+
+USUAL = [
+    ("lr: 1e-3", "lr", 0.001),
+    ("lr: 1", "lr", 1.0),
+    ("epochs: 3.0", "epochs", 3),
+    ("epochs: '3'", "epochs", 3),
+    ("seed: 1152921504606846977", "seed", 2**60 + 1),
+    ("mixed_precision: no", "mixed_precision", "no"),
+    ("mixed_precision: BF16", "mixed_precision", "bf16"),
+    ("optimizer: Adam", "optimizer", "adam"),
+    ("log_with: null", "log_with", "none"),
+    ("compile: on", "compile", True),
+    ("compile: 'False'", "compile", False),
+    ("jitter: [0, 1e-1, '0.2', 0.3]", "jitter", (0.0, 0.1, 0.2, 0.3)),
+    ("max_steps: null", "max_steps", None),
+    ("run_name: '007'", "run_name", "007"),
+]
+WRONG = [
+    *("train_simclr: nope", "train_simclr: 2", "compile: null", "resume: [true]"),
+    *("epochs: .nan", "epochs: 2.5", "epochs: many", "epochs: true", "epochs: null", "epochs: .inf"),
+    *(
+        "seed: abc",
+        "seed: 1e400",
+        "seed: 99999999999999999999",
+        "max_steps: 2024-01-05",
+        "queue_size: {a: 1}",
+    ),
+    *("lr: .inf", "lr: -.inf", "lr: fast", "lr: yes", "lr: [0.1]", "lr: null", "temperature: .NaN"),
+    *("jitter: [0.1]", "jitter: 0.1", "jitter: '1234'", "jitter: [0.1, 0.1, 0.1, .nan]", "jitter: null"),
+    *("dataset_name: [x]", "dataset_name: null", "run_name: 2024-01-05", "save_root: 7", "data_root: false"),
+    *("optimizer: [sgd]", "optimizer: yes", "method: 3", "mixed_precision: on"),
+]
+
+
+@pytest.mark.parametrize(("text", "name", "value"), USUAL)
+def test_usual_spellings_are_read(text, name, value, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    read = getattr(TrainConfig(**read_yaml(tmp_path / "c.yaml")), name)
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_values_of_another_type_are_refused_by_the_name_of_their_option(text):
+    with pytest.raises(CareHubError) as refused:
+        TrainConfig(**yaml.safe_load(text))
+    assert str(refused.value).startswith(f"`{text.partition(':')[0]}` ") and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("config", [DataConfig, TrainConfig, EvalConfig])
+def test_every_option_has_a_type_that_is_checked(config):
+    for option in dataclasses.fields(config):
+        for wrong in ([[]], {"a": 1}, math.inf, object()):
+            with pytest.raises(CareHubError, match=f"`{option.name}` "):
+                typed_options(config, {option.name: wrong})
+
+
+def test_python_callers_may_give_paths_and_numbers_of_numpy():
+    config = TrainConfig(save_root=Path("a/b"), lr=np.float32(0.5), epochs=np.int64(3))
+    assert (config.save_root, config.lr, config.epochs) == ("a/b", 0.5, 3)
+    assert [type(v) for v in (config.save_root, config.lr, config.epochs)] == [str, float, int]
+    with pytest.raises(CareHubError, match="`num_workers` must be a whole number, got 'two'"):
+        DataConfig("shapes", num_workers="two")
+    assert EvalConfig("shapes", encoder="here", protocol="SGD", lr="1e-3").lr == 0.001
+
+
+def test_accumulation_of_accelerate_is_taken_over_where_none_is_given():
+    assert (TrainConfig().gradient_accumulation, TrainConfig().take_over(4).gradient_accumulation) == (1, 4)
+    for same in (TrainConfig(gradient_accumulation=4), TrainConfig()):
+        assert same.take_over(None) is same
+    assert TrainConfig(gradient_accumulation=4).take_over(4).accumulation_given
+    for given in (1, 2):
+        with pytest.raises(CareHubError, match=f"`gradient_accumulation={given}` and .*_steps 4 .* differ"):
+            TrainConfig(gradient_accumulation=given).take_over(4)
 
 
 def test_options_of_an_evaluation_are_checked_too():
@@ -64,6 +160,7 @@ def test_options_of_an_evaluation_are_checked_too():
     refused("`dataset_name` is missing", dataset_name="")
     refused("`label_fraction` must lie in", label_fraction=2.0)
     refused("`augmented_copies` belongs to", augmented_copies=2)
+    refused("`lr` must be positive", lr=0)
     refused("`output_dir`", protocol="finetune")
     assert EvalConfig("shapes", encoder="here", label_fraction=0.1).protocol_name == (
         "linear probe, 10 % of the labels"
@@ -101,12 +198,26 @@ def test_bad_configuration_files(tmp_path):
         ("epoch: 3", "did you mean 'epochs'"),
         ("- 1", "must be a mapping"),
         ("a: [", "not valid YAML"),
+        ("run_name: 2024-13-45", "not valid YAML"),
+        ("moco_t: 0.2", "unknown option 'moco_t'; give `temperature`"),
+        ("equiv-splits-per-gpu: 4", "give `equiv_splits`, which counts"),
     ]:
         file.write_text(text)
         with pytest.raises(CareHubError, match=sentence):
             read_yaml(file)
+    for bytes_ in ("dataset_name: caf\xe9".encode("latin-1"), "epochs: 3".encode("utf-16")):
+        file.write_bytes(bytes_)
+        with pytest.raises(CareHubError, match=r"c[.]yaml' is not UTF-8 text"):
+            read_yaml(file)
     with pytest.raises(CareHubError, match="can't be read"):
         read_yaml(tmp_path / "absent.yaml")
+
+
+def test_options_of_the_public_code_lead_to_options_that_exist():
+    known = {option.name for option in dataclasses.fields(TrainConfig)}
+    assert not PUBLIC_CODE.keys() & known
+    for instead in PUBLIC_CODE.values():
+        assert instead.startswith("nothing: ") or instead.split("`")[1].partition("=")[0] in known
 
 
 def test_the_record_of_an_encoder_is_read_and_written_unchanged():

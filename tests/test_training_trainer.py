@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ from care_hub import cli
 from care_hub.config import TrainConfig
 from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
+from care_hub.schedule import Plan
 from care_hub.training.checkpoint import load_checkpoint
+from care_hub.training.progress import Progress, start_trackers
 from care_hub.training.trainer import make_optimizer
 
 
@@ -177,6 +181,65 @@ def test_an_interrupted_run_saves_its_last_step(tmp_path):
 def test_gradient_accumulation_averages_micro_batches(tmp_path):
     printed = train_here(tmp_path, "--max-steps", "2", "--gradient-accumulation", "3", "--run-name", "a")
     assert "average of 3 independent micro-batches" in printed and len(metrics(tmp_path / "a")) == 2
+
+
+def test_accumulation_of_accelerate_is_that_of_the_option(photos, tmp_path, monkeypatch):
+    variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32", "--max-steps", "1")
+    flags += ("--momentum", "0", "--weight-decay", "0", "--warmup-epochs", "0")
+
+    def weights(name, *more):
+        printed = train_here(tmp_path, *flags, *more, "--run-name", name)
+        return printed, load_file(tmp_path / name / "export" / "model.safetensors")
+
+    _, still = weights("still", "--lr", "0")
+    _, one = weights("one")
+    shown, ours = weights("ours", "--gradient-accumulation", "3")
+    assert "3 independent micro-batches, by gradient_accumulation " in shown
+    monkeypatch.setenv(variable, "3")
+    shown, theirs = weights("theirs")
+    assert "3 independent micro-batches, by Accelerate's gradient_accumulation_steps" in shown
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    saved = yaml.safe_load((tmp_path / "theirs" / "config.yaml").read_text())
+    assert saved["gradient_accumulation"] == 3
+    # Without momentum a step is the gradient: its length is that of a mean, no third or triple of it.
+    moved = [
+        sum(float((end[k] - still[k]).square().sum()) for k in end if k.endswith("weight")) ** 0.5
+        for end in (one, theirs)
+    ]
+    assert 0.5 < moved[1] / moved[0] < 1.5
+    (tmp_path / "c.yaml").write_text("gradient_accumulation: 2")
+    for given in (("--gradient-accumulation", "2"), ("--config", tmp_path / "c.yaml")):
+        refused = refusal("--save-root", tmp_path, *TINY, *given)
+        assert "--gradient-accumulation 2" in refused and "gradient_accumulation_steps 3" in refused
+    for wrong in ("0", "-1", "many"):
+        monkeypatch.setenv(variable, wrong)
+        assert f"a whole number from 1 on, got '{wrong}'" in refusal("--save-root", tmp_path, *TINY)
+
+
+def test_values_go_to_the_tracker_every_so_many_steps_and_to_the_project_that_is_named(tmp_path, monkeypatch):
+    sent, started = [], []
+    accelerator = SimpleNamespace(
+        is_main_process=True,
+        device=torch.device("cpu"),
+        log=lambda row, step: sent.append(step),
+        project_configuration=SimpleNamespace(),
+        init_trackers=lambda *arguments: started.append(arguments),
+    )
+    config = TrainConfig(log_with="wandb", log_freq=3, project="mine", user="ann")
+    progress = Progress(tmp_path, Plan.of(config, 64 * 8), 0, 0.0, config, accelerator)
+    for step in range(8):
+        progress.add_losses({k: torch.tensor(1.0) for k in ("loss", "infonce", "equivariance")})
+        progress.add_step(step, 0.1, 0.1, 1.0)
+    progress.add_knn(8, 50.0)
+    progress.close()
+    assert sent == [3, 6, 8] and len(metrics(tmp_path)) == 9
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    for some in (config, replace(config, project=None, user=None), TrainConfig(log_with="tensorboard")):
+        start_trackers(tmp_path, some, accelerator)
+    start_trackers(tmp_path, TrainConfig(project="unused"), accelerator)
+    assert [project for project, *_ in started] == ["mine", "theirs", "care_hub"]
+    assert [options for *_, options in started] == [{"wandb": {"entity": "ann"}}, {}, {}]
 
 
 def test_class_folders_with_a_broken_image(photos, tmp_path):

@@ -1,7 +1,9 @@
 """Fine-tuning: backbone and linear head trained end to end, with labels."""
 
 import copy
+import logging
 import time
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +15,13 @@ from .. import augment
 from ..config import EvalConfig
 from ..distributed import global_batch_norm
 from ..encoder import Encoder
+from ..errors import CareHubError
 from ..hub.linear_head import LinearHead
 from ..schedule import lr_at
 from .features import LabeledImages, embed_all, label_subset
 from .linear import fit_best, top_accuracies
 
+logger = logging.getLogger(__name__)
 BATCH_SIZE, LR = 128, 0.02
 
 
@@ -33,8 +37,10 @@ def finetune(
     SGD with a cosine schedule on random crops (area 0.25 to 1) and flips. The head starts from the
     linear probe, which keeps the features from being distorted early on (Kumar et al. 2022, "LP-FT").
     Order and augmentation depend on the seed and the place in the global batch, never on the number of
-    processes.
+    processes. An optimizer step averages as many batches as Accelerate's gradient_accumulation_steps says.
     """
+    if accelerator.is_main_process and (count := accelerator.gradient_accumulation_steps) > 1:
+        logger.info("a step averages %d batches, by Accelerate's gradient_accumulation_steps", count)
     x = embed_all(encoder, train.images, accelerator, "backbone")
     y, names = train.labels.to(x.device), train.class_names
     heads, encoders = [], []
@@ -68,8 +74,12 @@ def _train(
 ) -> None:
     """Train backbone and head in place on the images `subset`."""
     processes, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    batch_size = min(BATCH_SIZE, len(subset)) // processes * processes
-    per_epoch = len(subset) // batch_size
+    accumulation = accelerator.gradient_accumulation_steps  # by which `accelerator.backward` divides
+    batch_size = min(BATCH_SIZE, len(subset) // accumulation) // processes * processes
+    if not batch_size:
+        few = f"{len(subset)} training images do not make {accumulation} batches"
+        raise CareHubError(f"{few} for each of {processes} processes.")
+    per_epoch = len(subset) // (batch_size * accumulation)  # optimizer steps
     lr, epochs, side = config.lr or LR, config.epochs or 1, split.images.size
     total = epochs * per_epoch
     about = encoder.config
@@ -84,20 +94,24 @@ def _train(
     indices = []
     for epoch in range(epochs):
         order = torch.randperm(len(subset), generator=augment.seeded_generator(seed, "finetune", epoch))
-        batches = subset[order[: per_epoch * batch_size]].split(batch_size)
+        batches = subset[order[: per_epoch * accumulation * batch_size]].split(batch_size)
         indices += [batch.chunk(processes)[rank] for batch in batches]
     steps = zip(indices, split.images.batches(indices), strict=True)
-    bar = tqdm(steps, f"fine-tuning, seed {seed}", total, leave=False, unit="step", disable=rank > 0)
-    for step, (index, images) in enumerate(bar):
-        generator = augment.seeded_generator(seed, "finetune views", step)
+    bar = tqdm(steps, f"fine-tuning, seed {seed}", len(indices), leave=False, unit="batch", disable=rank > 0)
+    for number, (index, images) in enumerate(bar):
+        step, micro = divmod(number, accumulation)
+        generator = augment.seeded_generator(seed, "finetune views", number)
         params = augment.sample(crops, batch_size, side, side, generator)
         own = slice(rank * len(index), (rank + 1) * len(index))
         views = augment.apply(images.to(device), params.rows(own), crops)
-        logits = model(views.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits, split.labels[index].to(device))
-        optimizer.param_groups[0]["lr"] = lr_at(step, total, per_epoch, lr, "cosine")
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
-        if step % 20 == 0:
+        last = micro == accumulation - 1  # gradients are averaged over processes during its backward pass
+        with nullcontext() if last else accelerator.no_sync(model):
+            logits = model(views.contiguous(memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits, split.labels[index].to(device))
+            accelerator.backward(loss)
+        if last:
+            optimizer.param_groups[0]["lr"] = lr_at(step, total, per_epoch, lr, "cosine")
+            optimizer.step()
+            optimizer.zero_grad()
+        if number % 20 == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f}")

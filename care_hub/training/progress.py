@@ -1,8 +1,10 @@
 """What a run says while it trains, and how it is asked to stop."""
 
+import dataclasses
 import json
 import logging
 import math
+import os
 import signal
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,6 +40,17 @@ class Interrupt:
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def start_trackers(run: Path, config: TrainConfig, accelerator: Accelerator) -> None:
+    """Start what `log_with` names: its project and entity are ours where given, else those of WANDB_*."""
+    if config.log_with == "none":
+        return
+    accelerator.project_configuration.logging_dir = str(run)
+    project = os.environ.get("WANDB_PROJECT") if config.log_with == "wandb" else None
+    options = {k: str(v) for k, v in dataclasses.asdict(config).items()}
+    entity = {"wandb": {"entity": config.user}} if config.user else {}
+    accelerator.init_trackers(config.project or project or "care_hub", options, entity)
 
 
 class Progress:
@@ -114,7 +127,8 @@ class Progress:
     def _write(self, row: dict[str, Any]) -> None:
         if self.file:
             self.file.write(json.dumps(row) + "\n")
-        if self.config.log_with != "none":
+        due = "knn_top1" in row or row["step"] % self.config.log_freq == 0
+        if due and self.config.log_with != "none":
             self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def close(self) -> None:

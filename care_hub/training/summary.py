@@ -32,7 +32,10 @@ def plan_text(
         method += f", queue {config.queue_for(len(train)):,}"
     batch = f"{config.batch_size} images"
     if config.gradient_accumulation > 1:
+        own = config.accumulation_given
+        source = "gradient_accumulation" if own else "Accelerate's gradient_accumulation_steps"
         batch += f", each the average of {config.gradient_accumulation} independent micro-batches"
+        batch += f", by {source}"
     optimizer = config.optimizer if config.optimizer == "lars" else f"fused {config.optimizer}"
     if config.compile:
         optimizer += ", compiled"

@@ -1,6 +1,5 @@
 """The training loop: set-up, fit, finish."""
 
-import dataclasses
 import logging
 import time
 import warnings
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import send_to_device
+from accelerate.utils import GradientAccumulationPlugin, send_to_device
 from timm.optim import Lars
 from torch import nn
 
@@ -20,7 +19,7 @@ from ..augment import AugmentationConfig
 from ..config import TrainConfig
 from ..data.images import Images, InMemoryImages
 from ..data.sources import load_splits
-from ..distributed import global_batch_norm
+from ..distributed import global_batch_norm, launched_accumulation
 from ..encoder import Encoder
 from ..errors import CareHubError
 from ..evaluate.monitor import final_results, knn_monitor
@@ -30,7 +29,7 @@ from . import run, summary
 from .batches import make_views, training_augmentation, training_batches
 from .checkpoint import CheckpointWriter
 from .methods import MoCo, SimCLR
-from .progress import Interrupt, Progress
+from .progress import Interrupt, Progress, start_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +65,7 @@ def train(config: TrainConfig) -> dict[str, float]:
     Progress goes to the `care_hub` logger. The global random state is left as it was. Raises
     CareHubError for user errors; everything up to the last checkpoint is kept then.
     """
+    config = config.take_over(launched_accumulation())
     accelerator = make_accelerator(config)
     on_gpu = accelerator.device.type == "cuda"
     with torch.random.fork_rng([accelerator.device] if on_gpu else []):
@@ -85,6 +85,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         log_with=None if config.log_with == "none" else config.log_with,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         project_dir=config.save_root,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation),
     )
     config.check_processes(accelerator.num_processes)
     if config.push_to_hub and accelerator.is_main_process and not config.dry_run:
@@ -160,9 +161,7 @@ def start(setup: Setup) -> Session:
     for images in (setup.train, setup.test):
         if isinstance(images, InMemoryImages):
             images.to(accelerator.device)
-    if config.log_with != "none":
-        accelerator.project_configuration.logging_dir = str(folder)
-        accelerator.init_trackers("care_hub", {k: str(v) for k, v in dataclasses.asdict(config).items()})
+    start_trackers(folder, config, accelerator)
     progress = Progress(folder, setup.plan, step, seconds, config, accelerator)
     return Session(folder, method, optimizer, progress, CheckpointWriter(folder / "checkpoints"), step)
 
@@ -193,7 +192,7 @@ def fit(setup: Setup, session: Session) -> int:
                 last = micro == config.gradient_accumulation - 1
                 with nullcontext() if last else accelerator.no_sync(method):
                     losses = method(*views)  # embeddings are gathered: all processes take part
-                    accelerator.backward(losses["loss"] / config.gradient_accumulation)
+                    accelerator.backward(losses["loss"])  # which divides by the number of micro-batches
                 progress.add_losses(losses)
             optimizer.step()
             optimizer.zero_grad()
