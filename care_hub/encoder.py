@@ -1,5 +1,6 @@
 """Backbone + projection head: images in, embeddings out; saved as a folder that plain timm loads too."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .augment import normalize
+from . import augment
 from .config import EncoderConfig, ProjectionConfig
-from .data.inputs import as_items, decode_batches
+from .data.inputs import Transform, as_items, decode_batches
 from .errors import CareHubError
 from .hub import export
 from .hub.push import push_folder
@@ -102,22 +103,47 @@ class Encoder(nn.Module):
     def embed(self, x: Tensor, space: str = "projection", dtype: torch.dtype | None = None) -> Tensor:
         """(B, 3, S, S) uint8 or float in [0, 1], of the encoder's own size -> (B, d) float32 on its device.
 
-        In eval mode. `dtype`: compute under autocast in it. Raises CareHubError for an unknown `space`.
+        In eval mode, whatever mode the encoder is in, which stays. `dtype`: compute under autocast in it.
+        Raises CareHubError for an unknown `space`.
         """
         if space not in SPACES:
             raise CareHubError(f"there is no space '{space}'; choose 'projection' or 'backbone'.")
-        training = self.training
-        self.eval()
-        try:
-            x = x.to(self.device, non_blocking=True)
-            kind = next(self.parameters()).dtype
-            x = x.to(kind) / 255 if x.dtype == torch.uint8 else x.to(kind)
-            x = normalize(x, self.config.mean, self.config.std)
-            autocast = dtype not in (None, torch.float32)
-            with torch.autocast(self.device.type, dtype) if autocast else nullcontext():
-                return (self(x) if space == "projection" else self.features(x)).float()
-        finally:
-            self.train(training)
+        model = self.evaluating()
+        x = x.to(self.device, non_blocking=True)
+        kind = next(self.parameters()).dtype
+        x = x.to(kind) / 255 if x.dtype == torch.uint8 else x.to(kind)
+        x = augment.normalize(x, self.config.mean, self.config.std)
+        autocast = dtype not in (None, torch.float32)
+        with torch.autocast(self.device.type, dtype) if autocast else nullcontext():
+            return (model(x) if space == "projection" else model.features(x)).float()
+
+    def evaluating(self, device: torch.device | str | None = None) -> "Encoder":
+        """The encoder in eval mode on `device` (by default its own): itself if it is so, else a copy.
+
+        A copy on the same device shares all weights and statistics. Nothing is switched in the encoder
+        itself, since other threads may train it or encode with it. Raises CareHubError for a `device` that
+        can't be used.
+        """
+        if device is not None:
+            try:
+                if torch.empty(0, device=device).device != self.device:
+                    return copy.deepcopy(self).to(device).eval()
+            except (RuntimeError, AssertionError) as error:
+                raise CareHubError(f"`device='{device}'` can't be used ({error}).") from error
+        if not any(module.training for module in self.modules()):
+            return self
+        return copy.deepcopy(self, {id(x): x for x in (*self.parameters(), *self.buffers())}).eval()
+
+    @property
+    def transform(self) -> Transform:
+        """Prepares an image as `encode` does, for a DataLoader of one's own: what `forward` takes.
+
+        >>> encoder = Encoder.new("resnet10_w16_small").eval()
+        >>> encoder(torch.stack([encoder.transform(np.zeros((40, 50, 3), np.uint8))])).shape
+        torch.Size([1, 128])
+        """
+        config = self.config
+        return Transform(config.image_size, config.crop_pct, config.mean, config.std)
 
     def encode(
         self,
@@ -126,13 +152,20 @@ class Encoder(nn.Module):
         space: str = "projection",
         dtype: torch.dtype | None = None,
         progress: bool = False,
-    ) -> np.ndarray:
+        *,
+        convert_to_tensor: bool = False,
+        normalize: bool = False,
+        device: torch.device | str | None = None,
+    ) -> Any:  # np.ndarray, or Tensor with `convert_to_tensor`
         """Embeddings of `images` as float32 (N, d), in their order.
 
-        `images`: a path, a folder (sorted, with sub-folders), a PIL image, a uint8 array (HWC or
-        NHWC), a float tensor in [0, 1] (NCHW or CHW), or a sequence of any of these, a `datasets`
-        column included. `space`: "projection" for unit vectors, "backbone" for raw features. Raises
-        CareHubError for an image that can't be decoded.
+        `images`: a path, a folder (sorted, with sub-folders), a PIL image, a tensor or array (uint8, or
+        float in [0, 1]; grayscale, RGB or RGBA; channels first or last, as `data.inputs.to_pixels` says), or
+        a batch, sequence or iterable of these, a `datasets` column included. `space`: "projection" for unit
+        vectors, "backbone" for raw features, which `normalize=True` scales to unit length. `device`: where
+        to compute, by default and afterwards where the encoder is. `convert_to_tensor`: give a tensor there,
+        not an array. May be called from several threads, in train mode too. Raises CareHubError for
+        whatever is no image.
 
         >>> from PIL import Image
         >>> encoder = Encoder.new("resnet10_w16_small")
@@ -142,15 +175,18 @@ class Encoder(nn.Module):
         items = as_items(images)
         if len(items) == 0:
             raise CareHubError("there are no images to encode.")
+        model = self.evaluating(device)
         embeddings, done = np.empty((0, 0), np.float32), 0
         with tqdm(total=len(items), unit="image", desc="encoding", disable=not progress) as bar:
-            for z in self.stream(items, batch_size, space, dtype):
+            for z in model.stream(items, batch_size, space, dtype):
                 if done == 0:
                     embeddings = np.empty((len(items), z.shape[1]), np.float32)
                 embeddings[done : done + len(z)] = z
                 done += len(z)
                 bar.update(len(z))
-        return embeddings
+        if normalize:
+            embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True).clip(1e-12)
+        return torch.from_numpy(embeddings).to(model.device) if convert_to_tensor else embeddings
 
     def stream(
         self,
@@ -167,9 +203,9 @@ class Encoder(nn.Module):
         """
         if batch_size < 1:
             raise CareHubError(f"`batch_size` must be at least 1, got {batch_size}.")
-        size, crop_pct = self.config.image_size, self.config.crop_pct
+        size, crop_pct, model = self.config.image_size, self.config.crop_pct, self.evaluating()
         for batch, bad in decode_batches(as_items(images), batch_size, size, crop_pct, broken):
-            z = self.embed(batch, space, dtype).cpu().numpy()
+            z = model.embed(batch, space, dtype).cpu().numpy()
             if np.isnan(z).any():
                 raise CareHubError(
                     "the encoder gives NaN; its weights are damaged, or too large for this dtype."

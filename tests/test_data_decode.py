@@ -1,13 +1,20 @@
 """Whatever a user has becomes an upright RGB image, prepared as timm prepares it."""
 
+import io
+import os
+import struct
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from care_hub.data import decode
 from care_hub.errors import CareHubError
+
+FUZZ = int(os.environ.get("CARE_HUB_TEST_FUZZ", 1400))  # damaged files
 
 
 def photo(width: int, height: int) -> Image.Image:
@@ -25,35 +32,159 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
         np.testing.assert_array_equal(decode.to_rgb(image), expected)
 
 
-def test_arrays_become_rgb():
-    pixels = np.random.RandomState(0).randint(0, 256, (4, 5, 4)).astype(np.uint8)
-    np.testing.assert_array_equal(decode.to_rgb(pixels[..., :3]), pixels[..., :3])
-    np.testing.assert_array_equal(decode.to_rgb(pixels), pixels[..., :3])
-    for gray in (pixels[..., 0], pixels[..., :1]):
-        np.testing.assert_array_equal(decode.to_rgb(gray), pixels[..., :1].repeat(3, axis=2))
-    for bad, message in (
-        (pixels / 255, "uint8"),
-        (pixels[..., :2], "3 or 4 channels"),
-        (pixels[None], "HWC"),
-    ):
-        with pytest.raises(CareHubError, match=message):
-            decode.to_rgb(bad)
+def test_more_than_eight_bits_are_scaled_by_the_range_of_their_type(tmp_path):
+    """Not by the image's own brightest pixel; whatever has no such range is refused."""
+    gray = np.random.RandomState(0).randint(0, 200, (20, 30)).astype(np.uint8)  # none as bright as can be
+    exact = gray.astype(np.uint16) * 257
+    Image.fromarray(exact).save(tmp_path / "sixteen.png")
+    Image.fromarray(exact).save(tmp_path / "sixteen.tif")
+    Image.fromarray(exact.astype(np.int32)).save(tmp_path / "sixteen.pgm")
+    Image.fromarray((gray / 255).astype(np.float32)).save(tmp_path / "float.tif")
+    (tmp_path / "big-endian.pgm").write_bytes(b"P5 30 20 65535\n" + exact.astype(">u2").tobytes())
+    for path in sorted(tmp_path.iterdir()):
+        np.testing.assert_array_equal(np.asarray(decode.to_rgb(path))[..., 0], gray, str(path))
+    uneven = np.arange(0, 65536, 11, dtype=np.uint16)[None]
+    found = np.asarray(decode.to_rgb(Image.fromarray(uneven)))[..., 1]
+    np.testing.assert_array_equal(found, (uneven / 257).round())
+    black = decode.to_rgb(Image.fromarray(np.zeros((4, 4), np.int32)))
+    assert not np.asarray(black).any()
 
 
-def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path):
-    values = (np.arange(5400).reshape(60, 90) * 12).astype(np.uint16)
-    Image.fromarray(values).save(tmp_path / "sixteen.png")
-    gray = np.asarray(decode.to_rgb(tmp_path / "sixteen.png"))[..., 0]
-    np.testing.assert_array_equal(gray, (values / values.max() * 255).astype(np.uint8))
-    dark = decode.to_rgb(Image.fromarray(np.array([[0.0, 7.0, 255.0]], np.float32)))
-    assert np.asarray(dark)[0, :, 0].tolist() == [0, 7, 255]
+@pytest.mark.parametrize(
+    "pixels, reason",
+    [
+        (np.float32([[-1, 1]]), "from -1 to 1, not from 0 to 1"),
+        (np.float32([[0, 7, 255]]), "from 0 to 255, not from 0 to 1"),
+        (np.float32([[0, np.nan]]), "nan"),
+        (np.float32([[0, np.inf]]), "inf"),
+        (np.int32([[-5, 5]]), "from -5 to 5, not from 0 to 65535"),
+        (np.int32([[0, 65536]]), "not from 0 to 65535"),
+        (np.int32([[0, 255]]), "may mean 8 or 16 bits"),
+    ],
+)
+def test_pixels_outside_the_range_of_their_type_are_refused(pixels, reason, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "odd.tif")
+    for image in (tmp_path / "odd.tif", Image.fromarray(pixels)):
+        with pytest.raises(CareHubError, match=rf"can't be decoded \(.*{reason}"):
+            decode.to_rgb(image)
 
 
-def test_photos_stand_upright(tmp_path):
+def test_float_files_of_others(shared):
+    folder = shared("cases/float-tiff")
+    found = np.asarray(decode.to_rgb(folder / "float01.tif"))
+    np.testing.assert_array_equal(found, decode.to_rgb(folder / "grey8.png"))
+    for name in ("float-1to1.tif", "int-negative.tif"):
+        with pytest.raises(CareHubError, match=f"{name} can't be decoded"):
+            decode.to_rgb(folder / name)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_photos_stand_upright(orientation, suffix, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # taken with the camera on its side
-    photo(30, 20).save(tmp_path / "turned.jpg", exif=exif)
-    assert decode.to_rgb(tmp_path / "turned.jpg").size == (20, 30)
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    photo(30, 20).save(path, exif=exif)
+    np.testing.assert_array_equal(
+        decode.to_rgb(path), ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    )
+    assert decode.to_rgb(path).size == ((20, 30) if orientation in (5, 6, 7, 8) else (30, 20))
+
+
+def test_threads_may_share_an_image_that_is_not_read_yet(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(600, 400).save(tmp_path / "photo.png", exif=exif)
+    expected = np.asarray(decode.to_rgb(tmp_path / "photo.png"))
+    for _ in range(5):
+        image = Image.open(tmp_path / "photo.png")
+        with ThreadPoolExecutor(8) as pool:
+            for found in pool.map(decode.to_rgb, [image] * 8):
+                np.testing.assert_array_equal(found, expected)
+
+
+def odd_exif(tag: int, kind: int, count: int, value: bytes, orientation: int = 6) -> bytes:
+    """An EXIF block by hand, little-endian: an orientation and one more tag, of any type."""
+    tags = sorted([(0x0112, 3, 1, orientation.to_bytes(4, "little")), (tag, kind, count, value)])
+    block = b"".join(struct.pack("<HHI4s", *entry) for entry in tags)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + block + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "tag, kind, count, value",
+    [
+        (0x0100, 11, 1, struct.pack("<f", 30.5)),  # a width that is a float
+        (0x0100, 2, 4, b"abc\0"),  # or text
+        (0x011A, 5, 1, b"\xff\xff\xff\xff"),  # a fraction beyond the end
+        (0xA005, 2, 4, b"abc\0"),  # a block of tags that is text
+        (0x8769, 4, 1, b"\xff\xff\xff\x7f"),  # or beyond the end
+        (0x9003, 99, 1, b"abcd"),  # a type that does not exist
+        (0x010F, 3, 4000000000, b"abcd"),
+    ],
+)
+def test_an_odd_tag_costs_no_photo(tag, kind, count, value, tmp_path):
+    path = tmp_path / "odd.jpg"
+    photo(30, 20).save(path, exif=odd_exif(tag, kind, count, value))
+    expected = Image.open(path).convert("RGB").transpose(Image.Transpose.ROTATE_270)
+    np.testing.assert_array_equal(decode.to_rgb(path), expected)
+
+
+def test_odd_tags_of_others(shared):
+    paths = sorted(shared("cases/exif-odd-tag").glob("photos/*.jpg"))
+    assert paths
+    for path in paths:
+        expected = Image.open(path).convert("RGB").transpose(Image.Transpose.ROTATE_270)
+        np.testing.assert_array_equal(decode.to_rgb(path), expected)
+
+
+@pytest.mark.parametrize("value", [b"", b"no tags", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_tags_that_can_not_be_read_say_nothing(value, tmp_path):
+    photo(30, 20).save(tmp_path / "odd.jpg", exif=value)
+    assert decode.to_rgb(tmp_path / "odd.jpg").size == (30, 20)
+
+
+FORMATS = ["AVIF", "BMP", "DDS", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "SGI", "TGA"]
+FORMATS += ["TIFF", "WEBP"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_damaged_file_is_an_image_or_can_not_be_decoded(kind, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    random = np.random.RandomState(FORMATS.index(kind))
+    file, options = io.BytesIO(), {}
+    if kind in ("AVIF", "JPEG", "PNG", "TIFF", "WEBP"):
+        options["exif"] = Image.Exif()
+        options["exif"].update(
+            {0x0112: 6, 0x011A: 72.0, 0x010F: "maker", 0x0213: 1, 0xA002: 16, 0x9000: b"0232"}
+        )
+    try:
+        Image.fromarray(random.randint(0, 256, (16, 16, 3)).astype(np.uint8)).save(file, kind, **options)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow does not write {kind}")
+    whole = np.frombuffer(file.getvalue(), np.uint8)
+    for _ in range(FUZZ // len(FORMATS)):
+        damaged = whole.copy()
+        start = random.randint(0, min(len(whole), 160))  # where headers and tags are
+        window = damaged[start : start + random.choice([1, 4, 16, len(whole)])]
+        where = random.randint(0, len(window), random.randint(1, 5))
+        window[where] = random.choice([random.randint(0, 256), random.randint(0, 14), 0, 255])
+        end = len(whole) if random.rand() < 0.8 else random.randint(1, len(whole))
+        try:
+            assert decode.to_rgb(damaged[:end].tobytes()).mode == "RGB"
+        except CareHubError as error:
+            assert "can't be decoded (" in str(error)
+
+
+@pytest.mark.parametrize("nothing", [None, {"bytes": None, "path": None}, {}, b""])
+def test_a_null_image_is_a_broken_one(nothing):
+    with pytest.raises(CareHubError, match=r"row 3 can't be decoded \("):
+        decode.to_rgb(nothing, "row 3")
+
+
+def test_an_image_without_pixels_is_a_broken_one():
+    with pytest.raises(CareHubError, match="no pixels"):
+        decode.to_rgb(Image.new("RGB", (0, 5)))
 
 
 def test_broken_images_are_named(tmp_path):

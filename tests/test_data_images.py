@@ -1,7 +1,9 @@
 """A split gives the same images in memory and streamed, and names the broken ones."""
 
 import shutil
+from dataclasses import replace
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -110,3 +112,33 @@ def test_a_broken_image_never_enters_memory(broken):
     images = sources.load_split(whole, "train", size=32)
     assert len(images) == 47 and images.labels.tolist() == [0] * 23 + [1] * 24
     assert len(images.skipped) == 1 and "05.png" in images.skipped[0]
+
+
+def null_images(root):
+    """Parquet in which every second image is null."""
+    images = [Image.new("RGB", (8, 8), (k, k, k)) if k % 2 else None for k in range(6)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({"image": images, "label": list(range(6))}, features=features)
+    (root / "data").mkdir()
+    table.to_parquet(root / "data" / "train-0.parquet")
+    return root
+
+
+@pytest.mark.parametrize("in_memory_bytes", [0, 1 << 30])
+def test_a_null_image_counts_as_broken(tmp_path, monkeypatch, in_memory_bytes):
+    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", in_memory_bytes)
+    data = DataConfig("imagefolder", str(null_images(tmp_path)), num_workers=0)
+    with pytest.raises(CareHubError, match=r"row 0.* can't be decoded \(it is null\)"):
+        images = sources.load_split(data, "train", size=8, progress=False)
+        list(images.batches([torch.arange(6)]))
+    images = sources.load_split(replace(data, skip_broken_images=True), "train", size=8, progress=False)
+    (batch,) = images.batches([torch.arange(len(images))])
+    assert set(batch.flatten().tolist()) == {1, 3, 5} and len(images.skipped) == 3
+
+
+def test_null_images_of_others(shared):
+    data = DataConfig("imagefolder", str(shared("cases/null-pictures")), num_workers=0)
+    with pytest.raises(CareHubError, match=r"can't be decoded \(it is null\)"):
+        sources.load_split(data, "train", size=8, progress=False)
+    images = sources.load_split(replace(data, skip_broken_images=True), "train", size=8, progress=False)
+    assert len(images) == len(images.skipped) > 0  # every second one

@@ -1,6 +1,7 @@
 """Encoders take what people have, give what the contract says, and leave as folders that plain timm loads."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from helpers import randomized
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
 from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
@@ -67,6 +69,80 @@ def test_encoding_leaves_the_encoder_as_it_was(encoder, images):
     assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
 
 
+def test_threads_may_encode_while_the_encoder_is_in_train_mode(images):
+    """As in eval mode, one after the other; modes and statistics stay, also where parts differ in mode."""
+    encoder = randomized(Encoder.new("resnet10_w32_small", hidden=32, outputs=16))
+    expected = encoder.encode(images)
+    encoder.train()
+    encoder.backbone.eval()  # frozen, say
+    encoder.forward = encoder.forward  # bound to the encoder itself, as Accelerate leaves it
+    modes = [module.training for module in encoder.modules()]
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: encoder.encode(images, batch_size=3), range(24)))
+        assert [module.training for module in encoder.modules()] == modes
+    for z in results:
+        np.testing.assert_allclose(z, expected, atol=1e-6)
+    assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
+
+
+def test_a_thread_that_trains_is_not_disturbed(images):
+    encoder = randomized(Encoder.new("resnet10_w32_small", hidden=32, outputs=16)).train()
+    seen = []
+    encoder.projection[1].register_forward_hook(lambda module, *_: seen.append(module.training))
+    x = torch.stack([encoder.transform(image) for image in images])
+    with ThreadPoolExecutor(2) as pool:
+        encoding = pool.submit(lambda: [encoder.encode(images) for _ in range(10)])
+        while not encoding.done():
+            assert encoder.training and encoder(x).requires_grad
+    encoding.result()
+    assert seen.count(False) == 10 and seen.count(True) >= 1
+
+
+def test_results_as_users_of_other_libraries_expect_them(encoder, images):
+    z, h = encoder.encode(images), encoder.encode(images, space="backbone")
+    tensor = encoder.encode(images, convert_to_tensor=True)
+    assert isinstance(tensor, torch.Tensor) and tensor.device == encoder.device
+    np.testing.assert_array_equal(tensor.numpy(), z)
+    unit = encoder.encode(images, space="backbone", normalize=True)
+    np.testing.assert_allclose(unit, h / np.linalg.norm(h, axis=1, keepdims=True), rtol=1e-5)
+    for device in ("cpu", torch.device("cpu")):
+        np.testing.assert_array_equal(encoder.encode(images, device=device), z)
+    for device in ("nonsense", "cuda:99"):
+        with pytest.raises(CareHubError, match=f"`device='{device}'` can't be used"):
+            encoder.encode(images, device=device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_encoding_on_another_device_leaves_the_encoder_where_it_is(encoder, images):
+    z = encoder.encode(images, device="cuda", convert_to_tensor=True)
+    assert z.device.type == "cuda" and encoder.device.type == "cpu"
+    np.testing.assert_allclose(z.cpu().numpy(), encoder.encode(images), atol=1e-3)
+
+
+def test_a_data_loader_of_ones_own(encoder, images):
+    loader = DataLoader([encoder.transform(image.resize((50, 40))) for image in images], batch_size=3)
+    with torch.no_grad():
+        z = torch.cat([encoder(x) for x in loader])
+    expected = encoder.encode([image.resize((50, 40)) for image in images])
+    np.testing.assert_allclose(z.numpy(), expected, atol=1e-5)
+
+
+def test_items_of_others(shared):
+    """shared/cases/tensors-in-lists: an item of a list is refused as the same tensor alone is."""
+    shared("cases/tensors-in-lists")
+    encoder = load_encoder("resnet10_w16_small.care_shapes")
+    x = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for wrong in (x * 255, (x - 0.5) / 0.25, x * torch.nan, x > 0.5, x[None]):
+        with pytest.raises(CareHubError):
+            encoder.encode([wrong])
+    pixels = (x * 255).round().byte()
+    expected = encoder.encode(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+    for same in (pixels, pixels / 255, pixels.permute(1, 2, 0)):
+        np.testing.assert_allclose(encoder.encode([same]), expected, atol=1e-5)
+        np.testing.assert_allclose(encoder.encode(same), expected, atol=1e-5)
+
+
 def test_unusual_images_are_converted_and_broken_ones_named(encoder, images, tmp_path):
     big = images[0].resize((90, 60))
     for mode in ("L", "RGBA", "CMYK", "P", "LA", "1"):
@@ -85,9 +161,10 @@ def test_unusual_images_are_converted_and_broken_ones_named(encoder, images, tmp
 
 def test_what_encode_can_not_take_is_refused(encoder, tmp_path):
     for images, message in [
-        (np.zeros((32, 32, 3)), "uint8"),
+        (np.zeros((32, 32, 3), np.int64), "uint8"),
         (torch.full((1, 3, 32, 32), 7.0), r"\[0, 1\]"),
-        (torch.zeros(1, 1, 32, 32), "3, H, W"),
+        (torch.zeros(1, 2, 32, 32), "C, H, W"),
+        (torch.zeros(0, 3, 32, 32), "no images"),
         ([], "no images"),
         (tmp_path, "no images in"),
         ("nowhere.png", "no image 'nowhere.png'"),

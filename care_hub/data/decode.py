@@ -4,15 +4,27 @@ import io
 import math
 import os
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from ..errors import CareHubError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation
+_LOCKS = [Lock() for _ in range(256)]  # threads may share an image that Pillow has opened and not yet read
 
 
 def list_images(source: str | Path) -> tuple[list[str], list[str]]:
@@ -37,41 +49,59 @@ def find_images(folder: str | Path) -> list[str]:
     return found
 
 
-def to_rgb(image: str | Path | bytes | np.ndarray | Image.Image, name: str = "") -> Image.Image:
-    """A path, the bytes of a file, a PIL image or a uint8 array (HWC, HW) as an upright PIL RGB image.
+def to_rgb(image: str | Path | bytes | dict[str, Any] | Image.Image | None, name: str = "") -> Image.Image:
+    """A path, the bytes of a file, a PIL image or an undecoded cell of `datasets` as upright PIL RGB.
 
-    Grayscale (also 16 bit), palette, CMYK and RGBA are converted. Raises CareHubError with the image's
-    `name` (by default its path) if it can't be decoded, which includes a truncated file.
+    Grayscale, palette, CMYK and RGBA (without its alpha) are converted. More than 8 bits are scaled by the
+    range of their type, never by what an image shows: 16 bits / 257, floats * 255. Raises CareHubError with
+    the image's `name` (by default its path) if it can't be decoded: truncated files, null images, pixels
+    outside the range of their type and whatever else.
 
-    >>> to_rgb(np.zeros((20, 30), np.uint8)).size
-    (30, 20)
+    >>> to_rgb(Image.new("L", (30, 20))).mode
+    'RGB'
     """
-    name = name or (str(image) if isinstance(image, str | Path) else "an image")
+    path = image.get("path") if isinstance(image, dict) else image
+    name = name or (str(path) if isinstance(path, str | Path) else "an image")
     try:
-        if isinstance(image, np.ndarray):
-            image = _from_array(image)
-        elif not isinstance(image, Image.Image):
+        if isinstance(image, dict):
+            image = image.get("bytes") or path
+        if image is None:
+            raise ValueError("it is null")
+        if not isinstance(image, Image.Image):
             image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            # More than 8 bits: 255, or the brightest pixel if it is brighter, becomes 255.
-            values = np.asarray(image, dtype=np.float64)
-            image = Image.fromarray((values / max(values.max(), 255) * 255).astype(np.uint8))
-        return image.convert("RGB")
+        with _LOCKS[id(image) // 16 % len(_LOCKS)]:
+            image.load()
+            upright = _upright(image)
+        if 0 in upright.size:
+            raise ValueError("it has no pixels")
+        return _eight_bits(upright).convert("RGB")
     except FileNotFoundError:
         raise CareHubError(f"there is no image '{name}'.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: of a PNG
-        raise CareHubError(f"{name} can't be decoded ({error}).") from error
+    except Exception as error:  # on damaged files Pillow's plug-ins raise whatever happens to go wrong
+        raise CareHubError(f"{name} can't be decoded ({error or type(error).__name__}).") from error
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8:
-        raise CareHubError(f"an image array must be uint8, got {array.dtype}; floats go in as tensors.")
-    if array.shape[2:] == (1,):
-        array = array[..., 0]
-    if array.ndim < 2 or array.shape[2:] not in ((), (3,), (4,)):
-        raise CareHubError(f"an image array must be HWC with 1, 3 or 4 channels, got {array.shape}.")
-    return Image.fromarray(array)
+def _upright(image: Image.Image) -> Image.Image:
+    """As the camera was held. `ImageOps.exif_transpose` writes all tags anew, and fails if any is odd."""
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # tags that can't be read say nothing; the pixels are good
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Modes F, I and I;16 as L. Raises ValueError for pixels outside [0, 1], or 16 bits."""
+    if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
+        return image
+    limit = 1 if image.mode == "F" else 65535  # Pillow's I, of 32 bits, is what it makes of 16 bits in PGM
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= limit):
+        raise ValueError(f"its pixels go from {low:.6g} to {high:.6g}, not from 0 to {limit}")
+    if image.mode == "I" and 0 < high <= 255:
+        raise ValueError(f"its 32-bit pixels, at most {high:g}, may mean 8 or 16 bits")
+    return Image.fromarray((values * (255 / limit)).round().astype(np.uint8))
 
 
 def resize_and_center_crop(image: Image.Image, size: int, crop_pct: float = 1.0) -> Image.Image:

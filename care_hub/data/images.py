@@ -171,9 +171,9 @@ def _stack_views(items: list[tuple[Views, Views]]) -> tuple[Tensor, Tensor | Non
     return torch.stack(first), torch.stack(second) if second else None
 
 
-def _decode_cell(cell: dict[str, Any], where: str) -> Image.Image:
-    name = f"the image '{cell['path']}' ({where})" if cell.get("path") else f"the image in {where}"
-    return to_rgb(cell["bytes"] or cell["path"], name)
+def _decode_cell(cell: dict[str, Any] | None, where: str) -> Image.Image:
+    path = cell and cell.get("path")
+    return to_rgb(cell, f"the image '{path}' ({where})" if path else f"the image in {where}")
 
 
 def decode_into_memory(images: StreamedImages, title: str, progress: bool) -> InMemoryImages:

@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from ..config import DataConfig, EvalConfig
@@ -29,7 +28,7 @@ from ..metrics import effective_rank, knn_top1
 from ..report.figures import plot_geometry, plot_neighbors
 from .attributes import probe_attributes
 from .equivariance import measure_equivariance, recorded_augmentation
-from .features import embed_all, labeled, random_subset
+from .features import embed_all, embed_view, labeled, random_subset
 from .finetune import finetune
 from .linear import linear_probe
 
@@ -174,7 +173,7 @@ def evaluate_equivariance(
             "draws": draws,
             "seed": seed,
             "families": measure_equivariance(encoder, test.pixels, config, draws, seed, progress=progress),
-            "effective_rank": effective_rank(torch.from_numpy(encoder.encode(test.pixels))),
+            "effective_rank": effective_rank(embed_view(encoder, test.pixels)),
             "attributes": probe_attributes(encoder, train, test, seed),
         }
         results[name] = rounded(found)

@@ -31,7 +31,7 @@ def embed_all(
     processes, rank = accelerator.num_processes, accelerator.process_index
     share = -(-len(images) // processes)
     own = torch.arange(rank * share, (rank + 1) * share).clamp(max=len(images) - 1)
-    parts = []
+    parts, encoder = [], encoder.evaluating()
     indices = own.split(batch)
     for index, x in zip(indices, images.batches(indices), strict=True):
         seen = view(x, index) if view else center_crop(x, encoder.config.image_size)
