@@ -31,13 +31,14 @@ encoder_option = click.option(
 
 
 class ScreenHandler(logging.Handler):
-    """What care_hub logs, on standard output, beside progress bars."""
+    """What care_hub logs, beside progress bars: warnings on standard error, as results may be piped."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
+        tqdm.write(self.format(record), file=stream)
+        stream.flush()
 
 
 class Command(click.Command):

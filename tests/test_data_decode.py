@@ -232,7 +232,68 @@ def test_images_are_found_below_a_folder_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert decode.list_images("a") == (["a/b/c.webp", "a/z.jpeg"], ["b/c.webp", "z.jpeg"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CareHubError, match=r"no images in 'empty' \(looked for \.bmp, "):
+    with pytest.raises(CareHubError, match=r"no images in 'empty'\.$"):
+        decode.list_images("empty")
+    (tmp_path / "empty" / "notes.txt").touch()
+    with pytest.raises(CareHubError, match=r"no images in 'empty' \(only 1 \.txt\)"):
         decode.list_images("empty")
     with pytest.raises(CareHubError, match="no file or folder 'nowhere'"):
         decode.list_images("nowhere")
+
+
+def test_images_have_the_suffixes_that_this_pillow_decodes(tmp_path):
+    Image.init()
+    photo(16, 16).save(tmp_path / "whole.jpg")
+    for suffix, name in Image.registered_extensions().items():
+        if name in Image.SAVE and name not in {"EPS", *decode.NOT_DECODED}:  # EPS needs a program
+            try:
+                photo(16, 16).save(tmp_path / f"image{suffix.upper()}", name)
+            except (OSError, ValueError):  # a format without colors
+                continue
+    names = sorted(path.name for path in tmp_path.iterdir())
+    common = {".jpeg", ".jfif", ".jpe", ".mpo", ".apng", ".bmp", ".webp", ".pgm", ".tga", ".jp2"}
+    assert {f"image{suffix.upper()}" for suffix in common} <= set(names)
+    assert decode.list_images(tmp_path)[1] == names
+    for name in names:
+        decode.to_rgb(tmp_path / name)
+
+
+def test_what_is_left_out_of_a_folder_is_counted(tmp_path, caplog, monkeypatch):
+    names = ["a.png", "._a.png", ".hidden.jpg", ".ipynb_checkpoints/a-checkpoint.png", "b/.cache/c.png"]
+    names += ["b/c.heic_", "b/d.h5", "b/e.pdf", "e.pdf", "LICENSE", "clip.mpg", "b/e.x\ty"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert decode.list_images(tmp_path)[1] == ["a.png"]
+    (said,) = caplog.messages
+    assert said.startswith(f"left out of '{tmp_path}': ") and "4 hidden" in said and "2 .pdf" in said
+    assert "1 .h5" in said and "1 .mpg" in said and "3 without a suffix" in said
+    monkeypatch.setenv("RANK", "1")
+    assert decode.find_images(tmp_path) and len(caplog.messages) == 1  # said by one process
+
+
+def test_links_are_followed_once(tmp_path, caplog):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "1.png").touch()
+    top = tmp_path / "photos [2024]"
+    for folder in ("a", "b"):
+        (top / folder).mkdir(parents=True)
+        (top / folder / "0.png").touch()
+    (top / "linked").symlink_to(tmp_path / "elsewhere")
+    (top / "c.png").symlink_to(tmp_path / "elsewhere" / "deep" / "1.png")
+    (top / "a" / "up").symlink_to(top)
+    (top / "a" / "b").symlink_to(top / "b")
+    (top / "b" / "a").symlink_to(top / "a")
+    (top / "self").symlink_to(top / "self")
+    expected = ["a/0.png", "a/b/0.png", "b/0.png", "b/a/0.png", "c.png", "linked/deep/1.png"]
+    assert decode.list_images(top)[1] == expected
+    assert "4 links to folders above" in caplog.text
+
+
+CASES = [("hidden-files", 1), ("suffixes", 5), ("brackets-in-path", 8)]
+
+
+@pytest.mark.parametrize(("case", "count"), CASES)
+def test_shared_cases_of_folders(case, count, shared):
+    (folder,) = shared(f"cases/{case}").glob("photos*")
+    assert len(decode.find_images(folder)) == count

@@ -111,11 +111,10 @@ def test_unusual_columns_are_named_by_hand(tmp_path):
         load_split(DataConfig("somebody/scans", root, image_column="photo"), "train")
 
 
-def test_labels_may_be_absent_but_not_those_of_the_test_split_of_a_named_set(tmp_path):
+def test_labels_may_be_absent(tmp_path):
     root = hub_layout(tmp_path, {"train": 4, "test": 2}, "img", {})
-    assert load_split(DataConfig("cifar100", root), "train").labels is None
-    with pytest.raises(CareHubError, match="no label column 'fine_label'"):
-        load_split(DataConfig("cifar100", root), "test")
+    for images in load_splits(DataConfig("cifar100", root)):
+        assert images.labels is None and images.class_names is None
 
 
 def test_large_sets_are_streamed_with_the_same_images(photos, monkeypatch):
@@ -165,7 +164,7 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch):
         ("cifer10", None, "there is no data set 'cifer10', did you mean 'cifar10'"),
         ("imagefolder", None, "`dataset_name='imagefolder'` needs `data_root`"),
         ("imagefolder", "nowhere", "`data_root` 'nowhere' is not a folder"),
-        ("imagefolder", "{empty}", "can't be read from .*empty: "),
+        ("imagefolder", "{empty}", "there are no images in '.*empty'"),
         ("stl10", "{photos}", "has no split 'unlabeled'; it has train, test"),
     ],
 )
@@ -175,6 +174,208 @@ def test_user_errors(name, root, message, photos, tmp_path):
     root = root and root.format(empty=empty, photos=photos)
     with pytest.raises(CareHubError, match=message):
         load_splits(DataConfig(name, root))
+
+
+def class_folders(root: Path, *names: str) -> DataConfig:
+    """Images of 8 x 8 pixels by path, each unlike the others."""
+    for k, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(k, (8, 8))["bytes"])
+    return DataConfig("imagefolder", str(root))
+
+
+def labels_by_class(images) -> dict[str, int]:
+    """How many images each class has, "" for none."""
+    if images.labels is None:
+        return {"": len(images)}
+    names = [images.class_names[k] if k >= 0 else "" for k in images.labels.tolist()]
+    return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+@pytest.mark.parametrize(
+    ("names", "train_classes", "test_classes"),
+    [
+        ("a/0.png a/1.png b/0.png", {"a": 2, "b": 1}, None),
+        ("Train/a/0.png Train/b/0.png TEST/a/0.png TEST/b/0.png", {"a": 1, "b": 1}, {"a": 1, "b": 1}),
+        ("training/a/0.png training/b/0.png Val/b/0.png", {"a": 1, "b": 1}, {"b": 1}),
+        ("train/a/0.png train/b/0.png Training/a/1.png eval/b/0.png", {"a": 2, "b": 1}, {"b": 1}),
+        ("train/0.png bus/0.png bus/1.png test/0.png", {"bus": 2, "test": 1, "train": 1}, None),
+        ("a/test.png a/eval-3.png b/train.png", {"a": 2, "b": 1}, None),
+        ("train/all/0.png train/all/1.png test/all/0.png", {"": 2}, {"": 1}),
+        ("train/0.png train/1.png test/0.png", {"": 2}, {"": 1}),
+        ("0.png 1.png", {"": 2}, None),
+        ("train/bus/0.png train/bus/night/1.png train/car/2.png", {"bus": 2, "car": 1}, None),
+        ("bus/train/0.png bus/test/0.png car/train/0.png car/test/0.png", {"bus": 2, "car": 2}, None),
+        ("0.png bus/0.png car/0.png", {"": 1, "bus": 1, "car": 1}, None),
+        ("train/a/0.png train/b/0.png test/b/0.png test/c/0.png", {"a": 1, "b": 1}, {"b": 1, "c": 1}),
+        ("train_v2/0.png test-set/0.png", {"test-set": 1, "train_v2": 1}, None),
+    ],
+)
+def test_splits_and_classes_are_those_of_the_top_folders(names, train_classes, test_classes, tmp_path):
+    for root in (tmp_path / "photos", tmp_path / "test" / "train [2024] *?"):
+        train_images, test_images = load_splits(class_folders(root, *names.split()), size=8)
+        assert labels_by_class(train_images) == train_classes
+        assert test_classes == (test_images and labels_by_class(test_images))
+
+
+def test_images_of_class_folders_are_in_the_order_of_their_paths(tmp_path):
+    data = class_folders(tmp_path, "b/2.png", "a/10.png", "a/9.png", "a-b/1.png")
+    images = load_split(data, "train", size=8)
+    for k, place in enumerate((3, 1, 2, 0)):
+        expected = np.asarray(Image.open(io.BytesIO(png(place, (8, 8))["bytes"]))).transpose(2, 0, 1)
+        np.testing.assert_array_equal(images.pixels[k], expected)
+    assert images.labels.tolist() == [1, 0, 0, 2] and images.class_names == ["a", "a-b", "b"]
+
+
+def test_linked_class_folders_are_read_and_hidden_ones_are_not(tmp_path):
+    class_folders(tmp_path / "elsewhere", "warm/0.png", "warm/1.png")
+    data = class_folders(tmp_path / "photos", "cold/0.png", "cold/._0.png", ".train/a/0.png")
+    (tmp_path / "photos" / "warm").symlink_to(tmp_path / "elsewhere" / "warm")
+    (tmp_path / "photos" / "cold" / "again").symlink_to(tmp_path / "photos")
+    assert labels_by_class(load_split(data, "train", size=8)) == {"cold": 1, "warm": 2}
+
+
+def test_what_is_not_used_of_a_folder_is_said(tmp_path, caplog):
+    names = ("train/a/0.png", "train/b/0.png", "train/b/clip.mpg", "val/a/0.png", "test/a/0.png", "cover.png")
+    train_images, _ = load_splits(class_folders(tmp_path / "x", *names), size=8)
+    assert len(train_images) == 2
+    for said in (
+        ": 1 .mpg",
+        ": 1 images beside the folders of the splits",
+        "not used: validation (1 images)",
+    ):
+        assert said in caplog.text
+    load_split(class_folders(tmp_path / "y", "train/0.png", "bus/0.png"), "train", size=8)
+    assert "is one split, for its folder 'bus' is none; classes too: train" in caplog.text
+
+
+def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
+    try:
+        (tmp_path / "caf\udce9.png").write_bytes(png(0, (8, 8))["bytes"])
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    with pytest.raises(CareHubError, match=r"caf\\xe9\.png' is not UTF-8"):
+        load_split(DataConfig("imagefolder", str(tmp_path)), "train", size=8)
+
+
+def plain_parquet(root: Path, name: str = "imagefolder", **splits: dict) -> DataConfig:
+    """Parquet files of plain columns, as pandas writes them, without the Hub's metadata."""
+    (root / "data").mkdir(parents=True)
+    for split, columns in splits.items():
+        table = pa.table(columns)
+        pq.write_table(table, root / "data" / f"{split}-00000-of-00001.parquet")
+    return DataConfig(name, str(root))
+
+
+FILES = [png(k, (8, 8)) for k in range(4)]
+BYTES = [cell["bytes"] for cell in FILES]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        FILES,
+        BYTES,
+        pa.array(BYTES, pa.large_binary()),
+        [{"bytes": data} for data in BYTES],
+        [{"path": f"{k}.png", "bytes": data, "width": 8} for k, data in enumerate(BYTES)],
+    ],
+)
+@pytest.mark.parametrize("name", ["image", "photo"])
+def test_images_of_parquet_without_metadata_are_read(name, column, tmp_path):
+    images = load_split(
+        plain_parquet(tmp_path / "[a] train", train={"id": [1, 2, 3, 4], name: column}), "train", 8
+    )
+    for k in range(4):
+        expected = np.asarray(Image.open(io.BytesIO(BYTES[k]))).transpose(2, 0, 1)
+        np.testing.assert_array_equal(images.pixels[k], expected)
+
+
+STRINGS = ["dog", "cat", None, "dog"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "names"),
+    [
+        (STRINGS, [1, 0, -1, 1], ["cat", "dog"]),
+        (pa.array(STRINGS, pa.large_string()), [1, 0, -1, 1], ["cat", "dog"]),
+        (pa.array(STRINGS).dictionary_encode(), [1, 0, -1, 1], ["cat", "dog"]),
+        ([2, 0, None, 1], [2, 0, -1, 1], None),
+        ([2.0, 0.0, float("nan"), None], [2, 0, -1, -1], None),
+        ([True, False, True, None], [1, 0, 1, -1], None),
+        ([-1, 3, -100, 0], [-1, 3, -1, 0], None),
+        (pa.array([2**63, 7, None, 2**63], pa.uint64()), [1, 0, -1, 1], ["7", str(2**63)]),
+        ([None] * 4, None, None),
+        ([[0], [1, 2], [], None], None, None),
+        ([{"a": 1}] * 4, None, None),
+        ([b"x"] * 4, None, None),
+        (pa.array([1, 2, 3, 4], pa.timestamp("s")), None, None),
+    ],
+)
+def test_labels_of_every_kind(labels, numbers, names, tmp_path, caplog):
+    data = plain_parquet(
+        tmp_path, train={"image": FILES, "label": labels}, test={"image": FILES, "label": labels}
+    )
+    for images in load_splits(data, size=8):
+        assert (None if images.labels is None else images.labels.tolist()) == numbers
+        assert images.class_names == names and len(images) == 4
+    if numbers is None and labels != [None] * 4:
+        assert "(column 'label') are left out" in caplog.text
+
+
+def test_splits_share_their_classes(tmp_path):
+    splits = {"train": ["cat", "dog", "cat", "eel"], "test": ["eel", "dog", "bat", "eel"]}
+    tables = {split: {"image": FILES, "label": labels} for split, labels in splits.items()}
+    train_images, test_images = load_splits(plain_parquet(tmp_path, **tables), size=8)
+    assert train_images.class_names == test_images.class_names == ["bat", "cat", "dog", "eel"]
+    assert (train_images.labels.tolist(), test_images.labels.tolist()) == ([1, 2, 1, 3], [3, 2, 0, 3])
+
+
+@pytest.mark.parametrize("labels", [[0.2, 0.9, 0.0, 1.0], [0.0, float("inf"), 1.0, 2.0]])
+def test_fractions_are_no_classes(labels, tmp_path):
+    data = plain_parquet(tmp_path, train={"image": FILES, "label": labels})
+    with pytest.raises(CareHubError, match=r"column 'label'\) are no classes, e\.g\. (0\.|inf)"):
+        load_split(data, "train", size=8)
+
+
+@pytest.mark.parametrize("more", [{}, {"label": [None] * 4}, {"label": STRINGS, "extra": [1] * 4}])
+def test_a_test_split_may_have_other_columns(more, tmp_path):
+    data = plain_parquet(
+        tmp_path, train={"image": FILES, "label": [0, 1, 0, 1]}, test={"image": FILES, **more}
+    )
+    train_images, test_images = load_splits(data, size=8)
+    assert len(train_images) == len(test_images) == 4
+
+
+SHARED_CASES = {
+    "brackets-in-path": ({"a": 4, "b": 4}, None),
+    "capital-Train-Test": ({"bus": 4, "car": 4}, {"bus": 2, "car": 2}),
+    "class-called-train": ({"bus": 4, "car": 4, "train": 4}, None),
+    "file-called-test": ({"bus": 5, "car": 4}, None),
+    "hidden-files": ({"": 1}, None),
+    "suffixes": ({"": 5}, None),
+    "unlabelled-in-one-folder": ({"": 8}, {"": 4}),
+}
+
+
+@pytest.mark.parametrize("case", SHARED_CASES)
+def test_shared_cases_of_class_folders(case, shared):
+    (folder,) = shared(f"cases/{case}").glob("photos*")
+    train_classes, test_classes = SHARED_CASES[case]
+    train_images, test_images = load_splits(DataConfig("imagefolder", str(folder)), size=8)
+    assert labels_by_class(train_images) == train_classes
+    assert test_classes == (test_images and labels_by_class(test_images))
+
+
+def test_shared_cases_of_labels(shared):
+    def load(case):
+        return load_splits(DataConfig("imagefolder", str(shared(f"cases/{case}"))), size=8)
+
+    for images in load("string-labels"):
+        assert images.class_names == ["cat", "dog"] and set(images.labels.tolist()) == {0, 1}
+    assert [images.labels for images in load("multi-labels")] == [None, None]
+    with pytest.raises(CareHubError, match="are no classes"):
+        load("float-labels")
 
 
 @pytest.mark.launches

@@ -36,6 +36,12 @@ def test_without_labels_or_a_test_split_there_is_no_knn(tiny_run):
         assert found == [None, None]
 
 
+def test_test_images_of_unknown_label_do_not_count(tiny_run):
+    encoder, accelerator = Encoder.from_pretrained(tiny_run), Accelerator(cpu=True)
+    train, test = images(torch.zeros(4, dtype=torch.long), 4), images(torch.tensor([0, -1, 0, -1]), 4)
+    assert knn_monitor(TrainConfig(), encoder, train, test, accelerator) == [100.0]
+
+
 def test_final_results_are_measured_without_labels_too(tiny_run, photos):
     encoder, accelerator = Encoder.from_pretrained(tiny_run), Accelerator(cpu=True)
     source = DataConfig("imagefolder", data_root=str(photos))

@@ -1,8 +1,11 @@
 """One image file to RGB, and to the size that a network expects."""
 
 import io
+import logging
 import math
 import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -14,7 +17,10 @@ from torch import Tensor
 
 from ..errors import CareHubError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+logger = logging.getLogger(__name__)
+
+# Formats that have suffixes in Pillow, which only saves them or only tells what they are.
+NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,13 +46,60 @@ def list_images(source: str | Path) -> tuple[list[str], list[str]]:
     return paths, [path.removeprefix(prefix) for path in paths]
 
 
-def find_images(folder: str | Path) -> list[str]:
-    """The paths of all images below `folder`, sorted. Raises CareHubError if there are none."""
-    paths = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    found = sorted(path for path in paths if os.path.splitext(path)[1].lower() in SUFFIXES)
+def find_images(folder: str | Path, below: Sequence[str] = ("",)) -> list[str]:
+    """The paths of all images in `folder` (or only in its subfolders `below`, in their order), sorted.
+
+    Images are the files with a suffix that the installed Pillow decodes. Links are followed, except to a
+    folder above; hidden files and folders are left out. The log counts what is left out. Raises CareHubError
+    if there is no image.
+    """
+    formats = Image.registered_extensions()  # with those of plug-ins that a user has registered
+    suffixes = {suffix for suffix, name in formats.items() if name not in NOT_DECODED}
+    found: list[str] = []
+    left_out: Counter[str] = Counter()
+    for part in below:
+        found += sorted(_walk(os.path.join(folder, part), suffixes, left_out))
+    several = [f"{count} {kind}" for kind, count in left_out.most_common(8)]
+    if len(left_out) > len(several):
+        several.append("others")
     if not found:
-        raise CareHubError(f"there are no images in '{folder}' (looked for {', '.join(sorted(SUFFIXES))}).")
+        beside = f" (only {', '.join(several)})" if several else ""
+        raise CareHubError(f"there are no images in '{folder}'{beside}.")
+    if several:
+        say_once(f"left out of '{folder}': {', '.join(several)}")
     return found
+
+
+def say_once(sentence: str) -> None:
+    """Log a sentence about the data, but not again in each of many launched processes."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(sentence)
+
+
+def _walk(top: str, suffixes: set[str], left_out: Counter[str]) -> Iterator[str]:
+    """The images below `top`, unsorted; what is left out is counted by kind."""
+    folders: list[tuple[str, frozenset[tuple[int, int]]]] = [(top, frozenset())]
+    while folders:
+        folder, above = folders.pop()
+        try:
+            status, entries = os.stat(folder), list(os.scandir(folder))
+        except OSError:
+            left_out["unreadable folders"] += 1
+            continue
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            left_out["links to folders above"] += 1
+            continue
+        for entry in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith("."):
+                left_out["hidden"] += 1
+            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                folders.append((entry.path, above | {here}))
+            elif suffix in suffixes:
+                yield entry.path
+            else:
+                left_out[suffix if suffix[1:].isalnum() else "without a suffix"] += 1
 
 
 def to_rgb(image: str | Path | bytes | dict[str, Any] | Image.Image | None, name: str = "") -> Image.Image:

@@ -3,10 +3,14 @@
 Small ones are decoded once, into memory; large ones are streamed through loader processes.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import glob
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -14,7 +18,7 @@ from PIL import Image
 from ..config import DataConfig
 from ..errors import CareHubError, suggest
 from . import shapes
-from .decode import square_tensor
+from .decode import find_images, say_once, square_tensor
 from .images import Images, InMemoryImages, StreamedImages, decode_into_memory
 
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ CIFAR100 = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 STL10 = (0.4406, 0.4273, 0.3858), (0.2312, 0.2265, 0.2237)
 
 IN_MEMORY_BYTES = 4 << 30  # larger data sets are streamed
+CLASS_TYPES = ("string", "large_string", "int", "uint", "float", "bool", "decimal", "null")  # of columns
+MANY_CLASSES = 100_000  # labels from here on are ids, whose classes are counted
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class DatasetSpec:
     """Where a data set is and how it is laid out."""
 
     hub_id: str | None = None
-    image: str | None = None  # the column; None: the first image column
+    image: str | None = None  # the column; None: the first column of images
     label: str | None = None  # the column; None: "label", or the first column of class labels
     train: str = "train"  # splits, joined by +
     test: tuple[str, ...] = ("test", "validation", "val", "valid")  # the first that exists
@@ -50,8 +56,15 @@ SPECS = {
     "cifar100": DatasetSpec("uoft-cs/cifar100", "img", "fine_label", size=32, statistics=CIFAR100),
     "stl10": DatasetSpec("jxie/stl10", "image", "label", "train+unlabeled", size=32, statistics=STL10),
     "imagenet100": DatasetSpec("clane9/imagenet-100", "image", "label"),
-    "imagefolder": DatasetSpec(image="image", label="label"),
+    "imagefolder": DatasetSpec(),
 }
+
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 
 
 def dataset_spec(name: str) -> DatasetSpec:
@@ -100,14 +113,20 @@ def _load(data: DataConfig, wanted: list[str], size: int | None, progress: bool)
         yield from (_render_shapes(split, spec.size) for split in wanted)
         return
     splits = _read_splits(data, spec)
-    tests = [name for name in spec.test if name in splits]
+    image, label = _choose_columns(splits, data, spec)
+    classes = _find_classes(splits, label, data)
+    tests = [name for name in spec.test if name in splits][:1]
+    unused = splits.keys() - {*spec.train.split("+"), *tests}
+    if unused and len(wanted) > 1:
+        counts = ", ".join(f"{name} ({len(splits[name])} images)" for name in sorted(unused))
+        say_once(f"splits of '{data.dataset_name}' that are not used: {counts}")
     for split in wanted:
-        names = spec.train.split("+") if split == "train" else tests[:1]
+        names = spec.train.split("+") if split == "train" else tests
         if missing := [name for name in names if name not in splits]:
             known = ", ".join(splits)
             raise CareHubError(f"data set '{data.dataset_name}' has no split '{missing[0]}'; it has {known}.")
         if names:
-            yield _make_images([splits[name] for name in names], split, data, spec, progress)
+            yield _make_images([splits[name] for name in names], image, classes, split, data, spec, progress)
 
 
 def _render_shapes(split: str, size: int) -> InMemoryImages:
@@ -130,13 +149,14 @@ def _read_splits(data: DataConfig, spec: DatasetSpec) -> "datasets.DatasetDict":
     if root is not None and not Path(root).is_dir():
         raise CareHubError(f"`data_root` '{root}' is not a folder.")
     verbosity = datasets.utils.logging.get_verbosity()
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
     try:
-        if root is None or any(Path(root).rglob("*.parquet")):
-            return datasets.load_dataset(str(root or spec.hub_id))
-        if name == "imagenet100":
-            return datasets.load_dataset("imagefolder", data_files=_imagenet100_files(Path(root)))
-        return datasets.load_dataset("imagefolder", data_dir=str(root))
+        if root is None:
+            return datasets.load_dataset(spec.hub_id)
+        if any(Path(root).rglob("*.parquet")):
+            return _read_parquet(root)
+        below = _imagenet100_folders(root) if name == "imagenet100" else ("",)
+        return _read_class_folders(os.path.abspath(root), below)
     except CareHubError:
         raise
     except Exception as error:  # the client's many kinds of failure, each with a message
@@ -147,47 +167,175 @@ def _read_splits(data: DataConfig, spec: DatasetSpec) -> "datasets.DatasetDict":
         datasets.utils.logging.set_verbosity(verbosity)
 
 
-def _imagenet100_files(root: Path) -> dict[str, list[str]]:
-    """The files of ImageNet-100, by split, in class folders named by WordNet ids (of all ImageNet, say)."""
+def _read_parquet(root: str) -> "datasets.DatasetDict":
+    """A local copy in parquet files; splits with unlike columns are read one by one."""
+    import datasets
+
+    pattern = glob.escape(os.path.abspath(root))
+    if pattern == os.path.abspath(root):  # else the client takes the path for a pattern
+        try:
+            return datasets.load_dataset(root)
+        except datasets.exceptions.DatasetGenerationError:
+            pass
+    splits = datasets.load_dataset_builder("parquet", data_dir=pattern).config.data_files
+    read = partial(datasets.load_dataset, "parquet", split="train")
+    return datasets.DatasetDict(
+        {split: read(data_files=[glob.escape(file) for file in files]) for split, files in splits.items()}
+    )
+
+
+def _read_class_folders(root: str, below: Sequence[str] = ("",)) -> "datasets.DatasetDict":
+    """The images of class folders as tables of paths and labels; `below` as in `find_images`.
+
+    If every folder with images in `root` has the name of a split, these are the splits; else all is one.
+    The folders directly in a split are the classes, also of what is in folders below them. An image beside
+    them has no label, and one folder alone is no class.
+    """
+    import datasets
+    import pyarrow as pa
+
+    paths, prefix = find_images(root, below), os.path.join(root, "")
+    folders = [path.removeprefix(prefix).split(os.sep)[:-1] for path in paths]
+    tops = {names[0] for names in folders if names}
+    others = sorted(top for top in tops if top.lower() not in SPLIT_OF)
+    depth = 1 if tops and not others else 0
+    if others and len(others) < len(tops):
+        splits = ", ".join(sorted(tops.difference(others)))
+        say_once(f"'{root}' is one split, for its folder '{others[0]}' is none; classes too: {splits}")
+
+    found: dict[str, tuple[list[str], list[str | None]]] = {split: ([], []) for split in SPLIT_WORDS}
+    for path, names in zip(paths, folders, strict=True):
+        if len(names) >= depth:
+            files, classes = found[SPLIT_OF[names[0].lower()] if depth else "train"]
+            files.append(path)
+            classes.append(names[depth] if len(names) > depth else None)
+    if outside := sum(len(names) < depth for names in folders):
+        say_once(f"left out of '{root}': {outside} images beside the folders of the splits")
+
+    known = sorted({name for _, classes in found.values() for name in classes if name is not None})
+    number, features = {name: k for k, name in enumerate(known)}, {"image": datasets.Image(decode=False)}
+    if len(known) > 1:
+        features["label"] = datasets.ClassLabel(names=known)
+    tables = {}
+    for split, (files, classes) in found.items():
+        if files:
+            try:
+                columns = {"image": pa.array(files, pa.string())}
+            except UnicodeEncodeError as error:
+                file = os.fsencode(error.object)
+                raise CareHubError(f"the file name {file!r} is not UTF-8; rename the file.") from None
+            if "label" in features:
+                columns["label"] = pa.array([number.get(name or "") for name in classes], pa.int64())
+            tables[split] = datasets.Dataset.from_dict(columns, datasets.Features(features))
+    return datasets.DatasetDict(tables)
+
+
+def _imagenet100_folders(root: str) -> list[str]:
+    """The folders of ImageNet-100, named by WordNet ids (in all ImageNet, say)."""
     wanted = Path(__file__).with_name("imagenet100.txt").read_text().split()
-    if missing := [synset for synset in wanted if not (root / "train" / synset).is_dir()]:
+    train = Path(root, "train")
+    if missing := [synset for synset in wanted if not (train / synset).is_dir()]:
         lacking = f"{len(missing)} of the 100 class folders of ImageNet-100, e.g. {missing[0]}"
-        raise CareHubError(f"'{root / 'train'}' lacks {lacking}.")
-    files = {"train": [f"{root}/train/{synset}/*" for synset in wanted]}
-    folders = [root / name / synset for name in ("val", "validation") for synset in wanted]
-    if validation := [f"{folder}/*" for folder in folders if folder.is_dir()]:
-        files["validation"] = validation
-    return files
+        raise CareHubError(f"'{train}' lacks {lacking}.")
+    folders = [os.path.join(split, synset) for split in ("train", "val", "validation") for synset in wanted]
+    return [folder for folder in folders if Path(root, folder).is_dir()]
+
+
+def _choose_columns(
+    splits: "datasets.DatasetDict", data: DataConfig, spec: DatasetSpec
+) -> tuple[str, str | None]:
+    """The columns of images and of labels, None if there are none."""
+    import datasets
+
+    features = {name: feature for rows in splits.values() for name, feature in rows.features.items()}
+    decoded = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    files = [name for name, feature in features.items() if _holds_files(feature)]
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    default = "label" if "label" in features else next(iter(classes), None)
+    image = data.image_column or spec.image or next(iter(decoded + files), None)
+    label = data.label_column or spec.label or default
+    if label not in features and not data.label_column:
+        label = None
+    for kind, column, known in (("image", image, decoded + files), ("label", label, [None, *features])):
+        if column not in known:
+            lacking = f"data set '{data.dataset_name}' has no {kind} column '{column}'"
+            raise CareHubError(f"{lacking} (its columns: {', '.join(features)}); use `{kind}_column`.")
+    return str(image), label
+
+
+def _holds_files(feature: Any) -> bool:
+    """Whether a column without the Hub's metadata holds files: their bytes, or a struct with "bytes"."""
+    content = feature.get("bytes") if isinstance(feature, dict) else feature
+    return getattr(content, "dtype", None) in ("binary", "large_binary")
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The column of labels, the class of each value in it, and the names of classes that have one."""
+
+    column: str | None = None
+    numbers: dict[Any, int] = field(default_factory=dict)
+    names: list[str] | None = None
+
+    def labels(self, part: "datasets.Dataset") -> list[int]:
+        """The labels of all rows, -1 for none."""
+        if self.column not in part.features:
+            return [-1] * len(part)
+        return [self.numbers.get(value, -1) for value in part.select_columns([self.column])[:][self.column]]
+
+
+def _find_classes(splits: "datasets.DatasetDict", column: str | None, data: DataConfig) -> Classes:
+    """The classes of all splits together: the data set's own, else of whole numbers or strings.
+
+    Raises CareHubError for numbers that are not whole. Other things have no classes, and that is logged.
+    """
+    import datasets
+
+    holders = [rows for rows in splits.values() if column in rows.features]
+    if column is None or not holders:
+        return Classes()
+    features = [rows.features[column] for rows in holders]
+    if own := [feature for feature in features if isinstance(feature, datasets.ClassLabel)]:
+        return Classes(column, {k: k for k in range(own[0].num_classes)}, own[0].names)
+    about = f"the labels of data set '{data.dataset_name}' (column '{column}')"
+    for feature in features:
+        kind = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+        if not kind.startswith(CLASS_TYPES):
+            say_once(f"{about} are left out: {kind} is no kind of class")
+            return Classes()
+    values = {value for rows in holders for value in rows.unique(column)} - {None}
+    known = [value for value in values if value == value]  # which a missing float is not
+    if any(isinstance(value, str) for value in known):
+        names = sorted({str(value) for value in known})
+        return Classes(column, {name: k for k, name in enumerate(names)}, names)
+    if odd := [value for value in known if value % 1]:
+        raise CareHubError(f"{about} are no classes, e.g. {odd[0]:.3g}; name another with `label_column`.")
+    numbers = sorted(value for value in known if value >= 0)
+    if numbers and numbers[-1] >= MANY_CLASSES:  # ids rather than numbers from 0
+        names = [str(int(value)) for value in numbers]
+        return Classes(column, {value: k for k, value in enumerate(numbers)}, names)
+    return Classes(column, {value: int(value) for value in numbers})
 
 
 def _make_images(
-    parts: list["datasets.Dataset"], split: str, data: DataConfig, spec: DatasetSpec, progress: bool
+    parts: list["datasets.Dataset"],
+    image: str,
+    classes: Classes,
+    split: str,
+    data: DataConfig,
+    spec: DatasetSpec,
+    progress: bool,
 ) -> Images:
     """All parts together, in memory if they fit, else streamed."""
     import datasets
 
-    rows = datasets.concatenate_datasets(parts)
-    features = rows.features
-    pixels = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    default = "label" if "label" in features else next(iter(classes), None)
-    image = data.image_column or spec.image or next(iter(pixels), None)
-    label = data.label_column or spec.label or default
-    if label not in features and not data.label_column and split == "train":
-        label = None
-    for kind, column, known in (("image", image, pixels), ("label", label, [None, *features])):
-        if column not in known:
-            lacking = f"data set '{data.dataset_name}' has no {kind} column '{column}'"
-            raise CareHubError(f"{lacking} (its columns: {', '.join(features)}); use `{kind}_column`.")
-
-    labels = class_names = None
-    if label is not None:
-        labels = torch.as_tensor([-1 if value is None else int(value) for value in rows[label]])
-        class_names = features[label].names if label in classes else None
-
-    rows = rows.select_columns([image]).rename_columns({image: "image"})
-    rows = rows.cast_column("image", datasets.Image(decode=False))
+    cells = [part.select_columns([image]).rename_columns({image: "image"}) for part in parts]
+    rows = datasets.concatenate_datasets(
+        [part.cast_column("image", datasets.Image(decode=False)) for part in cells]
+    )
+    numbers = torch.tensor([label for part in parts for label in classes.labels(part)], dtype=torch.int64)
+    labels, names = (numbers, classes.names) if (numbers >= 0).any() else (None, None)
     fits = len(rows) * 3 * spec.size**2 <= IN_MEMORY_BYTES
     size = spec.size if fits else round(spec.size * 8 / 7)
-    images = StreamedImages(size, labels, class_names, rows, data.num_workers, data.skip_broken_images)
+    images = StreamedImages(size, labels, names, rows, data.num_workers, data.skip_broken_images)
     return decode_into_memory(images, f"{data.dataset_name} {split}", progress) if fits else images

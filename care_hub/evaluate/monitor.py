@@ -45,7 +45,11 @@ def knn_monitor(
         return [None] * len(columns)
     x, queries = (embed_all(encoder, images, accelerator, "backbone") for images in (bank, test))
     known, truth = bank.columns | {"label": bank.labels}, test.columns | {"label": test.labels}
-    return [knn_top1(x, known[name].to(x.device), queries, truth[name].to(x.device)) for name in columns]
+    top1: list[float | None] = []
+    for name in columns:
+        seen = truth[name] >= 0
+        top1.append(knn_top1(x, known[name].to(x.device), queries[seen], truth[name][seen].to(x.device)))
+    return top1
 
 
 def final_results(
