@@ -4,6 +4,7 @@ Imports stand inside the functions here, so that `--help` is light.
 """
 
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 import click
 
 from .config import FORMER_NAMES, PUBLIC_CODE, DataConfig, EvalConfig, TrainConfig, read_yaml, typed_options
-from .errors import CareHubError
+from .errors import CareHubError, printable
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
@@ -37,7 +38,7 @@ class ScreenHandler(logging.Handler):
         from tqdm import tqdm
 
         stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
-        tqdm.write(self.format(record), file=stream)
+        tqdm.write("\n".join(map(printable, self.format(record).split("\n"))), file=stream)
         stream.flush()
 
 
@@ -47,6 +48,8 @@ class Command(click.Command):
     def invoke(self, context: click.Context) -> Any:
         """Run it, with care_hub's log on the screen."""
         use_all_cores()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # no name ends a command that has done its work
         log, screen = logging.getLogger("care_hub"), ScreenHandler()
         log.addHandler(screen)
         log.setLevel(logging.INFO)
@@ -54,6 +57,9 @@ class Command(click.Command):
             return super().invoke(context)
         except CareHubError as error:
             raise click.ClickException(self._sentence(str(error))) from error
+        except PermissionError as error:
+            sentence = printable(f"'{error.filename}' can't be used ({error.strerror}).")
+            raise click.ClickException(sentence) from error
         finally:
             log.removeHandler(screen)
 
@@ -300,7 +306,7 @@ def convert(checkpoint: str, out: str, dataset_name: str | None) -> None:
     """Turn a CHECKPOINT.pth.tar of the public CARE code into the export folder OUT."""
     from .convert import convert_checkpoint
 
-    print(f"encoder written to {convert_checkpoint(checkpoint, out, dataset_name)}")
+    print(printable(f"encoder written to {convert_checkpoint(checkpoint, out, dataset_name)}"))
 
 
 @main.command()
@@ -317,7 +323,7 @@ def classify(images: str, encoder: str, dataset: str | None, batch_size: int) ->
     classifier = load_classifier(encoder, dataset)
     labels, probabilities = classifier.classify(found, batch_size, progress=sys.stderr.isatty())
     for name, label, row in zip(names, labels, probabilities, strict=True):
-        print(f"{name}\t{label}\t{row.max():.4f}")
+        print(f"{printable(name)}\t{printable(label)}\t{row.max():.4f}")
 
 
 @main.command()
@@ -327,7 +333,7 @@ def report(runs: tuple[str, ...], output: str) -> None:
     """Compare the run folders RUNS on one self-contained HTML page: results, curves, geometry, neighbors."""
     from .report.page import write_page
 
-    print(f"the page is {write_page(list(runs), output)}")
+    print(printable(f"the page is {write_page(list(runs), output)}"))
 
 
 @main.command("list")
@@ -347,7 +353,7 @@ def list_command(wildcard: str, pretrained: bool, hub: bool, author: str | None)
         rows = [_entry_line(entries()[name]) for name in list_models(wildcard, pretrained=True)]
         if not pretrained:
             rows += [f"{name}  (architecture)" for name in list_models(wildcard) if name in SMALL]
-    print("\n".join(rows) if rows else "nothing found")
+    print("\n".join(map(printable, rows)) if rows else "nothing found")
 
 
 def _entry_line(entry: Any) -> str:

@@ -18,7 +18,9 @@ from typing import Any
 
 import yaml
 
-from .errors import CareHubError, suggest
+from .errors import CareHubError, printable, suggest
+
+LABEL_LENGTH = 64  # it becomes part of the names of files
 
 
 def option(
@@ -58,6 +60,9 @@ class DataConfig:
         None,
         "a local copy: a folder in the Hub's parquet layout, or class folders; nothing is downloaded then",
     )
+    dataset_label: str | None = _reading(
+        None, "the name under which results are kept (default: --dataset-name; of imagefolder the folder's)"
+    )
     image_column: str | None = _data(None, "the column with the images, where it has an unusual name")
     label_column: str | None = _data(None, "the column with the labels, where it has an unusual name")
     num_workers: int = _reading(2, "loader processes, for data sets too large for memory")
@@ -68,6 +73,15 @@ class DataConfig:
         if not self.dataset_name:
             raise CareHubError("`dataset_name` is missing.")
         check_numbers(self, at_least_0="num_workers")
+        if self.dataset_label is not None and not 0 < len(printable(self.dataset_label)) <= LABEL_LENGTH:
+            raise CareHubError(f"`dataset_label` must have 1 to {LABEL_LENGTH} letters.")
+
+    @property
+    def data_label(self) -> str:
+        """The name of the data set in heads, records and cards; a folder's own name tells it from others."""
+        if self.dataset_label is None and self.dataset_name == "imagefolder" and self.data_root:
+            return printable(Path(self.data_root).resolve().name)[:LABEL_LENGTH] or self.dataset_name
+        return printable(self.dataset_label or self.dataset_name)
 
 
 @dataclass

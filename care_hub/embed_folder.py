@@ -1,7 +1,8 @@
 """Embeddings of a folder of images as one file: by any number of processes, in constant memory, resumable.
 
-Each process embeds every so-many-th part of the sorted images into a file of its own, named by a hash of what
-is in it; the main process joins the parts. Only the names, one per image, grow with the number of images.
+Each process embeds every so-many-th part of the sorted images into a file of its own, named by a hash of the
+names, sizes and times of the images in it; the main process joins the parts. Only the names, one per image,
+grow with the number of images.
 """
 
 import hashlib
@@ -17,13 +18,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from .data.decode import list_images
 from .distributed import inference_accelerator
 from .encoder import Encoder
-from .errors import CareHubError
+from .errors import CareHubError, printable
 from .hub.registry import locate
 
 PART = 4096  # images
@@ -38,8 +40,9 @@ def embed_folder(
     """Embed an image, or a folder of them, into the file `output`; the main process says what was written.
 
     The suffix of `output` (.parquet, .safetensors or .npy) is its format. The same call resumes one that was
-    interrupted. Raises CareHubError for an output that can't be written, and for a broken image (unless
-    `skip_broken_images`: it is named and left out).
+    interrupted; parts with images that have changed in between are made again. Raises CareHubError for an
+    output that can't be written, and for a broken image (unless `skip_broken_images`: it is named and left
+    out).
     """
     path = Path(output)
     if path.suffix not in WRITERS:
@@ -50,9 +53,14 @@ def embed_folder(
     accelerator = inference_accelerator()
     loaded = Encoder.from_folder(locate(encoder)).to(accelerator.device)
     about = {"encoder": loaded.fingerprint, "space": space}
-    parts = PartialEmbeddings(path.with_name(f"{path.name}.parts"), names, about)
+    folder = path.with_name(f"{path.name}.parts")
+    # The main process says for all which images there are: one of them may change at this moment.
+    [keys] = broadcast_object_list([part_keys(files, names, about) if accelerator.is_main_process else None])
+    parts = PartialEmbeddings(folder, names, about, keys)
     try:
         parts.folder.mkdir(exist_ok=True)
+        if accelerator.is_main_process and (resumed := parts.resumed()):
+            logger.info(resumed)
         mine = parts.missing(accelerator.process_index, accelerator.num_processes)
         todo = [file for k in mine for file in files[parts.rows(k)]]
         broken = partial(logger.warning, "left out: %s") if skip_broken_images else None
@@ -98,6 +106,29 @@ def _counted(stream: Arrays, bar: tqdm) -> Arrays:
         bar.update(len(z))
 
 
+def part_keys(files: list[str], names: list[str], about: dict[str, str]) -> list[str]:
+    """For each part a hash of `about` and of its images' names, sizes and times.
+
+    One image more or less changes the keys of its part and of those that follow, a changed image that of
+    its part.
+    """
+    keys = []
+    for start in range(0, len(names), PART):
+        images = zip(names[start : start + PART], files[start : start + PART], strict=True)
+        content = json.dumps([about, [(name, _version(file)) for name, file in images]])
+        keys.append(hashlib.sha256(content.encode()).hexdigest()[:32])
+    return keys
+
+
+def _version(file: str) -> tuple[int, int] | None:
+    """Size in bytes and time of the last change in ns; None for what decoding will say is missing."""
+    try:
+        found = os.stat(file)
+        return found.st_size, found.st_mtime_ns
+    except OSError:
+        return None
+
+
 @dataclass
 class PartialEmbeddings:
     """A folder of arrays, part k with the embeddings of images `rows(k)`; NaN for an image left out."""
@@ -105,20 +136,33 @@ class PartialEmbeddings:
     folder: Path
     names: list[str]  # of all images
     about: dict[str, str]  # metadata of the finished file
+    keys: list[str]  # of all parts, see `part_keys`
 
     @property
     def numbers(self) -> range:
         """All k."""
-        return range(-(-len(self.names) // PART))
+        return range(len(self.keys))
 
     def rows(self, k: int) -> slice:
         """The images of part k."""
         return slice(k * PART, (k + 1) * PART)
 
     def file(self, k: int) -> Path:
-        """Where part k is. One image more or less renames its part and those that follow, none before."""
-        content = json.dumps([self.about, self.names[self.rows(k)]])
-        return self.folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npy"
+        """Where part k is."""
+        return self.folder / f"{self.keys[k]}.npy"
+
+    def resumed(self) -> str:
+        """What is there of a call that was interrupted, in a sentence; empty if there is nothing."""
+        found = {path.stem for path in self.folder.glob("*.npy")}
+        there = [len(self.names[self.rows(k)]) for k in self.numbers if self.keys[k] in found]
+        sentences = []
+        if there:
+            sentences.append(f"{sum(there):,} of {len(self.names):,} images were embedded before.")
+        if others := found.difference(self.keys):
+            parts = "1 part is" if len(others) == 1 else f"{len(others):,} parts are"
+            changed = f"{parts} made again: images, encoder or space have changed since"
+            sentences.append(f"{changed} (a part is {PART:,} images).")
+        return " ".join(sentences)
 
     def missing(self, rank: int, processes: int) -> list[int]:
         """Parts that process `rank` has to make and that are not there yet."""
@@ -147,7 +191,7 @@ class PartialEmbeddings:
         shutil.rmtree(self.folder)
         broken = len(self.names) - len(names)
         left_out = f", {broken:,} broken images left out" if broken else ""
-        return f"{len(names):,} embeddings of {dim} numbers in {path}{left_out}"
+        return printable(f"{len(names):,} embeddings of {dim} numbers in {path}{left_out}")
 
     @contextmanager
     def _whole(self, path: Path) -> Iterator[Path]:
@@ -176,7 +220,10 @@ def _write_parquet(path: Path, names: list[str], dim: int, arrays: Arrays, about
         start = 0
         for z in arrays:
             vectors = pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), dim)
-            rows = {"path": names[start : start + len(z)], "embedding": vectors}
+            # Parquet's text is UTF-8: other bytes of a name become escape sequences, as Python writes them.
+            some = names[start : start + len(z)]
+            paths = [name.encode(errors="backslashreplace").decode() for name in some]
+            rows = {"path": paths, "embedding": vectors}
             writer.write_table(pa.table(rows, schema=schema))
             start += len(z)
 

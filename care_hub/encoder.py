@@ -20,6 +20,7 @@ from . import augment
 from .config import EncoderConfig, ProjectionConfig
 from .data.inputs import Transform, as_items, decode_batches
 from .errors import CareHubError
+from .files import make_folder, write_tensors, write_text
 from .hub import export
 from .hub.push import push_folder
 from .hub.registry import locate
@@ -219,8 +220,7 @@ class Encoder(nn.Module):
 
         `dtype` torch.float16 halves the files: kernels and matrices are rounded to it, vectors are not.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(folder)
         stem = SMALL.get(self.config.model)
 
         def stored(module: nn.Module) -> dict[str, Tensor]:
@@ -232,10 +232,10 @@ class Encoder(nn.Module):
         if self.projection is not None:
             files["projection.safetensors"] = stored(self.projection)
         for name, tensors in files.items():
-            export.write_tensors(folder / name, tensors)
+            write_tensors(folder / name, tensors)
         care = replace(self.config, sha256={name: export.sha256(folder / name) for name in files})
         config = timm_config(care, self.backbone) | {"care": care.to_json()}
-        export.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         return folder
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:

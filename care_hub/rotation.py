@@ -10,10 +10,10 @@ from typing import Protocol, TypeAlias, TypeVar
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, linalg
 
 from .errors import CareHubError
+from .files import write_tensors
 
 CHUNK = 65536  # rows raised to float64 at a time
 ORTHOGONAL = 1e-6  # largest entry of R R^T - I that is rounding
@@ -170,15 +170,19 @@ class Rotation:
             raise CareHubError("this rotation was fitted on embeddings of another encoder; fit a new one.")
 
     def save(self, path: str | Path) -> Path:
-        """Write the matrix and the encoder's fingerprint to a safetensors file; returns its path."""
-        tensors = {"rotation": self.matrix.cpu().contiguous()}
-        save_file(tensors, path, {"format": "pt", "encoder": self.encoder or ""})
-        return Path(path)
+        """Write the matrix and the encoder's fingerprint to a safetensors file; returns its path.
+
+        Raises CareHubError where it can't be written.
+        """
+        path, tensors = Path(path), {"rotation": self.matrix.cpu().contiguous()}
+        write_tensors(path, tensors, {"encoder": self.encoder or ""})
+        return path
 
     @classmethod
     def load(cls, path: str | Path) -> "Rotation":
         """Read what `save` wrote. Raises CareHubError if the file is missing, truncated or not a rotation."""
         try:
+            open(path, "rb").close()  # safetensors calls missing what it may not read
             with safe_open(path, "pt") as file:
                 return cls(file.get_tensor("rotation"), (file.metadata() or {}).get("encoder") or None)
         except (OSError, SafetensorError) as error:

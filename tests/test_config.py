@@ -235,3 +235,20 @@ def test_the_record_of_an_encoder_is_read_and_written_unchanged():
     assert EncoderConfig.from_json(again) == config
     strange = EncoderConfig.from_json(care | {"converted_from": "x.pth.tar", "epoch": 3})
     assert strange.extra == {"converted_from": "x.pth.tar", "epoch": 3} and strange.to_json()["epoch"] == 3
+
+
+def test_results_are_kept_under_the_name_of_a_folder_or_a_label(tmp_path, monkeypatch):
+    def label(**options) -> str:
+        return DataConfig(**({"dataset_name": "imagefolder"} | options)).data_label
+
+    monkeypatch.chdir(tmp_path)
+    assert label(data_root="/data/birds") == label(data_root="/data/birds/") == "birds"
+    assert label(data_root=".") == tmp_path.name
+    assert label(data_root="/") == label() == "imagefolder"
+    assert label(data_root="a\nb") == "a\\nb" and label(data_root="x" * 200) == "x" * 64
+    assert label(dataset_name="cifar10", data_root="/data/copy") == "cifar10"
+    assert label(dataset_name="org/pets", data_root="/data/copy") == "org/pets"
+    assert label(data_root="/data/birds", dataset_label="my birds") == "my birds"
+    for wrong in ("", "x" * 65):
+        with pytest.raises(CareHubError, match="`dataset_label` must have 1 to 64 letters"):
+            label(dataset_label=wrong)

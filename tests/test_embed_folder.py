@@ -177,3 +177,118 @@ def test_an_output_without_room_is_a_user_error_too(tiny_run, photos, tmp_path, 
     monkeypatch.undo()
     embed(*words)
     assert [p.name for p in tmp_path.iterdir()] == ["out.npy"]
+
+
+@pytest.mark.parametrize("change", ["size", "time", "added", "removed", "renamed", "encoder"])
+def test_what_changed_since_an_interruption_is_embedded_again(
+    change, tiny_run, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(embed_folder, "PART", 4)
+    folder, output = shutil.copytree(photos / "test" / "cold", tmp_path / "images"), tmp_path / "out.npy"
+    encoder = shutil.copytree(tiny_run / "export", tmp_path / "encoder")
+    images = sorted(folder.iterdir())
+    other = (photos / "test" / "warm" / "00.png").read_bytes().ljust(20_000, b"\0")
+    images[5].write_bytes(images[5].read_bytes().ljust(20_000, b"\0"))
+
+    def interrupted(*_):
+        raise OSError(28, "No space left on device")
+
+    words = (folder, "--encoder", encoder, "-o", output)
+    with monkeypatch.context() as patch:
+        patch.setattr(embed_folder.PartialEmbeddings, "join", interrupted)
+        assert "before" not in embed(*words, ok=False)
+    assert len(list((tmp_path / "out.npy.parts").glob("*.npy"))) == 2
+    time_before = images[5].stat().st_mtime_ns
+    if change == "size":
+        images[5].write_bytes(other + b"\0")
+        os.utime(images[5], ns=(time_before, time_before))
+    elif change == "time":
+        images[5].write_bytes(other)
+        os.utime(images[5], ns=(time_before, time_before - 1_000_000))
+    elif change == "added":
+        (folder / "zz.png").write_bytes(other)
+    elif change == "removed":
+        images[6].unlink()
+    elif change == "renamed":
+        images[6].rename(folder / "zz.png")
+    else:
+        larger = Encoder.new("resnet10_w16_small", hidden=32, outputs=16)
+        shutil.rmtree(encoder)
+        larger.save_pretrained(encoder)
+    said = embed(*words)
+    if change == "encoder":
+        assert "2 parts are made again" in said and "before." not in said
+    elif change == "added":
+        assert "8 of 9 images were embedded before." in said and "again" not in said
+    else:
+        assert "4 of" in said and "images were embedded before. 1 part is made again" in said
+    expected = care_hub.load_encoder(encoder).encode(sorted(folder.iterdir()))
+    np.testing.assert_allclose(np.load(output), expected, atol=1e-6)
+
+
+@pytest.fixture
+def odd_names(photos, tmp_path):
+    """Images whose names are no UTF-8, or hold what would forge rows or drive a terminal."""
+    folder, image = tmp_path / "odd", next((photos / "test").rglob("*.png"))
+    folder.mkdir()
+    names = (b"caf\xe9.png", b"tab\there.png", b"two\nlines.png", b"\x1b[31mred.png", b"plain.png")
+    for name in names:
+        try:
+            shutil.copy(os.fsencode(image), os.path.join(os.fsencode(folder), name))
+        except OSError:
+            pytest.skip("this file system takes UTF-8 only")
+    return folder
+
+
+def test_odd_names_are_written_into_each_format(tiny_run, odd_names, tmp_path):
+    for suffix in SUFFIXES:
+        said = embed(odd_names, "--encoder", tiny_run, "-o", tmp_path / f"out.{suffix}")
+        assert "5 embeddings" in said
+    paths = pq.read_table(tmp_path / "out.parquet").to_pydict()["path"]
+    expected = sorted(os.listdir(odd_names))
+    assert paths == [name.replace("\udce9", "\\udce9") for name in expected]
+    with safe_open(tmp_path / "out.safetensors", "np") as file:
+        assert json.loads(file.metadata()["paths"]) == expected
+
+
+def test_odd_names_are_one_row_each_on_the_screen(odd_names):
+    said = care_hub_command("classify", odd_names, "--encoder", "resnet10_w16_small.care_shapes")
+    rows = [line.split("\t") for line in said.splitlines()]
+    assert [len(row) for row in rows] == [3] * 5 and "\x1b" not in said
+    shown = {row[0] for row in rows}
+    assert shown == {
+        "caf\\udce9.png", "tab\\there.png", "two\\nlines.png", "\\x1b[31mred.png", "plain.png",
+    }  # fmt: skip
+
+
+def test_odd_names_of_broken_images_are_one_line_each(tiny_run, odd_names, tmp_path):
+    for path in odd_names.iterdir():
+        if path.name != "plain.png":
+            path.write_bytes(b"no image")
+    words = (odd_names, "--encoder", tiny_run, "-o", tmp_path / "out.npy")
+    said = embed(*words, ok=False)
+    assert "can't be decoded" in said and "\x1b" not in said
+    said = embed(*words, "--skip-broken-images")
+    assert "\x1b" not in said and said.count("\nleft out: ") + said.startswith("left out: ") == 4
+
+
+@pytest.mark.launches
+def test_odd_names_end_no_command_on_a_real_terminal(odd_names, tmp_path):
+    """stdout of a process is strict, of a test it may be not; also where it can hold ASCII only."""
+    name = "resnet10_w16_small.care_shapes"
+    words = ("classify", odd_names, "--encoder", name)
+    done = run("python", "-m", "care_hub", *words, env={"PYTHONIOENCODING": "ascii"})
+    assert "caf\\udce9.png" in done.stdout
+    output = tmp_path / os.fsdecode(b"\xe9.npy")
+    done = run("python", "-m", "care_hub", "embed", odd_names, "--encoder", name, "-o", output)
+    assert "5 embeddings of 128 numbers" in done.stdout and output.is_file()
+
+
+def test_files_of_embeddings_follow_the_umask(tiny_run, photos, tmp_path):
+    before = os.umask(0o027)
+    try:
+        for suffix in SUFFIXES:
+            embed(photos / "test", "--encoder", tiny_run, "-o", tmp_path / f"out.{suffix}")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}

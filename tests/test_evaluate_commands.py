@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import ROOT, TORCHRUN, care_hub_command, eval_linear, run
+from helpers import ROOT, TORCHRUN, care_hub_command, eval_linear, run, visible
 from huggingface_hub import ModelCard
 
 import care_hub
 from care_hub import cli
 from care_hub.config import DataConfig, EvalConfig
 from care_hub.encoder import Encoder
+from care_hub.errors import CareHubError
 from care_hub.evaluate import commands
 from care_hub.evaluate.equivariance import FAMILIES
 from care_hub.hub.evaluation_record import read_record
@@ -76,7 +77,7 @@ def test_the_published_schedule_also_on_augmented_features(encoder, photos):
 
 def test_few_labels_are_sampled_from_each_class_and_leave_the_head_alone(encoder, photos, monkeypatch):
     eval_linear(encoder, *on(photos))
-    head = encoder / "export" / "linear_head.imagefolder.safetensors"
+    head = encoder / "export" / f"linear_head.{photos.name}.safetensors"
     before, embed, embedded = head.read_bytes(), Encoder.embed, []
     monkeypatch.setattr(
         Encoder, "embed", lambda self, x, *options: embedded.append(len(x)) or embed(self, x, *options)
@@ -85,7 +86,7 @@ def test_few_labels_are_sampled_from_each_class_and_leave_the_head_alone(encoder
     assert result["n_train"] == 4  # two of 24 in each of two classes
     assert sum(embedded) <= 3 * 4 + 16  # and the test images
     assert head.read_bytes() == before
-    known = read_record(encoder / "export")["accuracy"]["imagefolder"]
+    known = read_record(encoder / "export")["accuracy"][photos.name]
     assert set(known) == {"linear probe", "linear probe, 10 % of the labels"}
 
 
@@ -99,19 +100,19 @@ def test_fine_tuning_makes_another_encoder_with_its_head(encoder, photos, tmp_pa
     assert "already contains an encoder" in refusal(encoder, *on(photos, "--output-dir", tmp_path / "tuned"))
     assert (encoder / "export" / "model.safetensors").read_bytes() == before
     tuned = care_hub.load_encoder(tmp_path / "tuned")
-    assert tuned.projection is None and tuned.config.finetuned == "imagefolder"
+    assert tuned.projection is None and tuned.config.finetuned == photos.name
     assert tuned.fingerprint != care_hub.load_encoder(encoder).fingerprint
-    labels, _ = care_hub.load_classifier(tmp_path / "tuned", dataset="imagefolder").classify(photos / "test")
+    labels, _ = care_hub.load_classifier(tmp_path / "tuned", dataset=photos.name).classify(photos / "test")
     right = sum(label == ("cold" if k < 8 else "warm") for k, label in enumerate(labels))
     assert 100 * right / 16 == result["top1"] > 85
-    assert "fine-tuned with the labels of `imagefolder`" in (tmp_path / "tuned" / "README.md").read_text()
+    assert f"fine-tuned with the labels of `{photos.name}`" in (tmp_path / "tuned" / "README.md").read_text()
 
 
 def test_a_head_is_saved_where_the_user_says(photos, tmp_path):
     name = care_hub.list_models(pretrained=True)[0]
     result = eval_linear(name, *on(photos, "--output-dir", tmp_path / "o"))
     assert (result["n_train"], result["n_test"], result["top5"]) == (48, 16, 100)
-    classifier = care_hub.load_classifier(tmp_path / "o", dataset="imagefolder")
+    classifier = care_hub.load_classifier(tmp_path / "o", dataset=photos.name)
     labels, probabilities = classifier.classify(photos / "test")
     right = sum(label == ("cold" if k < 8 else "warm") for k, label in enumerate(labels))
     assert 100 * right / 16 == result["top1"] and probabilities.shape == (16, 2)
@@ -121,7 +122,7 @@ def test_what_was_measured_is_pushed_and_the_result_still_comes_last(encoder, ph
     pushed = []
 
     def push(folder, repo_id) -> str:
-        pushed.append((folder, repo_id, set(read_record(folder)["accuracy"]["imagefolder"])))
+        pushed.append((folder, repo_id, set(read_record(folder)["accuracy"][photos.name])))
         return "https://hub/org/name/commit/1"
 
     monkeypatch.setattr(commands, "check_push", lambda repo_id: pushed.append(repo_id))
@@ -169,7 +170,7 @@ def test_knn_from_the_command_line_is_shown_in_the_card(encoder, photos):
     assert result["top1"] == pytest.approx(knn_top1(bank, labels, queries, truth), abs=0.01)
     assert result["n_train"] == 48 and result["top1"] > 85
     assert card_values(encoder / "export")["kNN top-1 (backbone)"] == result["top1"]
-    row = f"| imagefolder | kNN top-1 (backbone) | {result['top1']:.2f} |"
+    row = f"| {photos.name} | kNN top-1 (backbone) | {result['top1']:.2f} |"
     assert row in (encoder / "export" / "README.md").read_text()
     assert knn("--bank", "10")["n_train"] == 10
 
@@ -192,9 +193,9 @@ def test_encoders_side_by_side(encoder, photos, tmp_path):
     files = {"equivariance.json", "equivariance.png", "neighbors.png"}
     assert {path.name for path in (tmp_path / "o").iterdir()} == files
     for folder in (encoder / "export", twin / "export"):
-        assert (folder / "equivariance.imagefolder.png").is_file()
-        assert "By augmentation on `imagefolder`" in (folder / "README.md").read_text()
-        assert read_record(folder)["equivariance"]["imagefolder"] == first
+        assert (folder / f"equivariance.{photos.name}.png").is_file()
+        assert f"By augmentation on `{photos.name}`" in (folder / "README.md").read_text()
+        assert read_record(folder)["equivariance"][photos.name] == first
 
 
 def test_two_processes_measure_equivariance_once(encoder, photos, tmp_path):
@@ -205,7 +206,7 @@ def test_two_processes_measure_equivariance_once(encoder, photos, tmp_path):
     assert twice.stdout.count("full recipe") == 1
     one, two = (means(tmp_path / name / "equivariance.json") for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-3)  # one thread adds up in another order than two
-    assert read_record(encoder / "export")["equivariance"]["imagefolder"]["draws"] == 1
+    assert read_record(encoder / "export")["equivariance"][photos.name]["draws"] == 1
 
 
 def means(path) -> dict[str, float]:
@@ -250,4 +251,46 @@ def test_transfer_to_real_photos(shared, tmp_path):
     """Trained on rendered shapes, probed on photos of clothes: better than the most frequent class."""
     name = care_hub.list_models(pretrained=True)[0]
     result = eval_linear(name, *on(shared("data/clothing"), "--output-dir", tmp_path / "o"))
-    assert result["top1"] > 30 and (tmp_path / "o" / "linear_head.imagefolder.safetensors").is_file()
+    assert result["top1"] > 30 and (tmp_path / "o" / "linear_head.clothing.safetensors").is_file()
+
+
+def test_a_second_folder_leaves_the_results_of_the_first_alone(encoder, photos, tmp_path):
+    """Both were kept under the one name "imagefolder", the second in place of the first."""
+    export = encoder / "export"
+    old = shutil.copytree(photos, tmp_path / "old--photos")
+    second = shutil.copytree(photos, tmp_path / "second")
+    (second / "train" / "warm").rename(second / "train" / "hot")
+    (second / "test" / "warm").rename(second / "test" / "hot")
+    eval_linear(encoder, *on(old))
+    before = visible(export)
+    result = eval_linear(encoder, *on(second))
+    care_hub_command("equivariance", encoder, *on(second, "--draws", 1, "--dataset-label", "mine"))
+    assert result["dataset"] == "second"
+    after = visible(export)
+    assert after["linear_head.old--photos.safetensors"] == before["linear_head.old--photos.safetensors"]
+    assert {"linear_head.second.safetensors", "equivariance.mine.png"} < after.keys()
+    assert care_hub.load_linear_head(encoder, "old--photos").class_names == ["cold", "warm"]
+    assert care_hub.load_linear_head(encoder, "second").class_names == ["cold", "hot"]
+    assert set(read_record(export)["accuracy"]) == {"old--photos", "second"}
+    words = ["--encoder", str(encoder), *on(second)]
+    assert (
+        "replaces what was measured on 'second' before" in CliRunner().invoke(cli.eval_linear, words).stdout
+    )
+
+
+def test_a_head_of_a_former_version_still_loads(encoder, photos):
+    eval_linear(encoder, *on(photos, "--dataset-label", "imagefolder"))
+    eval_linear(encoder, *on(photos))
+    assert care_hub.load_linear_head(encoder, "imagefolder").dataset == "imagefolder"
+
+
+def test_on_a_folder_of_someone_else_results_are_shown(encoder, photos, monkeypatch):
+    def denied(path):
+        raise CareHubError(f"'{path}' can't be written (Permission denied).")
+
+    before = visible(encoder / "export")
+    monkeypatch.setattr(commands, "make_folder", denied)
+    done = CliRunner().invoke(cli.main, ["knn", str(encoder), *on(photos)])
+    assert "shown and not saved" in done.output and "top1" in json.loads(done.stdout.splitlines()[-1])
+    assert visible(encoder / "export") == before
+    assert "can't be written" in refusal(encoder, *on(photos))

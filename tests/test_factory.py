@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from helpers import OLD
+from helpers import OLD, PHOTO, care_hub_command
 
 import care_hub
 from care_hub.errors import CareHubError
-from care_hub.factory import load_classifier, push_export
+from care_hub.factory import load_classifier, load_linear_head, push_export
 
 SHIPPED = "resnet10_w16_small.care_shapes"
 
@@ -51,3 +51,13 @@ def test_what_can_not_be_loaded_is_not_published(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CareHubError, match="sha256"):
         push_export(tmp_path, "lab/tiny")
+
+
+def test_class_names_of_strangers_forge_no_row(export, tmp_path):
+    head = load_linear_head(export)
+    head.class_names = [f"dog\t1.0\nother.png\tcat{k}\x1b]0;title\x07" for k in range(10)]
+    head.save(export)
+    PHOTO.save(tmp_path / "a.png")
+    said = care_hub_command("classify", tmp_path / "a.png", "--encoder", export)
+    [row] = said.splitlines()
+    assert len(row.split("\t")) == 3 and "\x1b" not in said and "\x07" not in said

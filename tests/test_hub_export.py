@@ -17,8 +17,6 @@ from care_hub.hub.export import (
     projection_of,
     read_config,
     read_tensors,
-    write_tensors,
-    write_text,
 )
 
 
@@ -157,26 +155,6 @@ def test_a_damaged_file_is_told_from_a_missing_one(export):
         file.write(b"x")
     with pytest.raises(CareHubError, match=r"projection.safetensors' is damaged"):
         check_sums(export, sums)
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
-    text, tensors = tmp_path / "README.md", tmp_path / "model.safetensors"
-    write_text(text, "old, with an ö")
-    write_tensors(tensors, {"a": torch.ones(2)}, {"by": "a test"})
-    with pytest.raises(UnicodeEncodeError):
-        write_text(text, "x" * 100_000 + "\ud800")
-    with pytest.raises(ValueError, match="non contiguous"):
-        write_tensors(tensors, {"a": torch.ones(2, 3).T})
-    assert text.read_text(encoding="utf-8") == "old, with an ö"
-    assert torch.equal(read_tensors(tensors)["a"], torch.ones(2))
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "model.safetensors"}
-
-
-def test_what_is_written_into_a_cache_replaces_links_and_not_what_they_point_to(tmp_path):
-    (tmp_path / "blob").write_text("shared")
-    (tmp_path / "README.md").symlink_to(tmp_path / "blob")
-    write_text(tmp_path / "README.md", "mine")
-    assert (tmp_path / "blob").read_text() == "shared" and (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_config_json_is_indented_for_readers(export):

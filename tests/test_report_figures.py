@@ -11,6 +11,7 @@ from PIL import Image
 
 from care_hub.config import TrainConfig
 from care_hub.data.images import InMemoryImages
+from care_hub.errors import CareHubError
 from care_hub.report import figures
 from care_hub.report.svg import inline_svg
 
@@ -79,7 +80,7 @@ def test_a_figure_that_can_not_be_written_leaves_the_old_one_and_nothing_else(tm
     figures.plot_curves({"care": log(3)}, tmp_path / "c.png")
     before = (tmp_path / "c.png").read_bytes()
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", break_off)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(CareHubError, match=r"c.png' can't be written \(no space left\)"):
         figures.plot_curves({"care": log(4)}, tmp_path / "c.png")
     assert [path.name for path in tmp_path.iterdir()] == ["c.png"]
     assert (tmp_path / "c.png").read_bytes() == before

@@ -38,3 +38,8 @@ def test_one_encoder_has_no_column_of_names():
     text = geometry_text({"care": measured(label=50.0, **{"an attribute of the user": 1.0})})
     assert ["crop", *["0.1235"] * len(GEOMETRY)] in [line.split() for line in text.splitlines()]
     assert "an attribute of the user" in text
+
+
+def test_a_name_can_not_forge_a_row():
+    rows = [["family", "error"], ["crop\n flip\x1b[2J", "1"]]
+    assert text_table(rows).splitlines() == ["family              error", "crop\\n flip\\x1b[2J      1"]

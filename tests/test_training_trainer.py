@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shlex
 import shutil
 import signal
@@ -334,3 +335,20 @@ def test_tensorboard_tracker(tmp_path):
     pytest.importorskip("tensorboard")
     train_here(tmp_path, "--max-steps", "2", "--log-with", "tensorboard", "--run-name", "t")
     assert list((tmp_path / "t").rglob("events.out.tfevents*"))
+
+
+def test_files_of_a_run_follow_the_umask_and_its_folder_may_have_any_name(tmp_path):
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        root.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    before = os.umask(0o027)
+    try:
+        said = train_here(root, "--max-steps", "2", "--knn-every", "1", "--run-name", "run")
+    finally:
+        os.umask(before)
+    files = [path for path in root.rglob("*") if path.is_file()]
+    assert {"model.safetensors", "neighbors.png", "config.yaml"} < {path.name for path in files}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    assert r"caf\udce9" in said and r"caf\udce9" in (root / "run" / "export" / "README.md").read_text()

@@ -18,10 +18,11 @@ from ..distributed import inference_accelerator
 from ..encoder import Encoder
 from ..errors import CareHubError
 from ..factory import push_export
+from ..files import make_folder, write_text
 from ..hub.card import write_card
 from ..hub.client import check_push
-from ..hub.evaluation_record import add_result
-from ..hub.export import sha256, write_text
+from ..hub.evaluation_record import add_result, read_record
+from ..hub.export import sha256
 from ..hub.linear_head import LinearHead
 from ..hub.registry import locate
 from ..metrics import effective_rank, knn_top1
@@ -38,9 +39,24 @@ PROBE_IMAGES = 5000  # training images of the attribute probes
 
 
 def record(folder: Path, kind: str, dataset: str, results: dict[str, Any]) -> None:
-    """Save results beside the encoder in `folder` and show them in its card."""
+    """Save results beside the encoder in `folder` and show them in its card; says what they replace."""
+    before = read_record(folder).get(kind, {}).get(dataset, {})
+    if before.keys() & results:
+        logger.info("This replaces what was measured on '%s' before, in '%s'.", dataset, folder)
     add_result(folder, kind, dataset, results)
     write_card(folder)
+
+
+def _own_folder(source: str) -> Path | None:
+    """The export folder where results on `source` are saved; None for what is not the user's to change."""
+    if not Path(source).is_dir():
+        return None
+    folder = locate(source)
+    try:
+        return make_folder(folder)
+    except CareHubError as error:
+        logger.warning("The results are shown and not saved: %s", error)
+        return None
 
 
 def open_splits(encoder: Encoder, data: DataConfig, accelerator: Accelerator) -> tuple[Images, Images]:
@@ -65,7 +81,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     train, test = labeled(config.dataset_name, *open_splits(encoder, config, accelerator))
     if config.protocol == "finetune":
         heads, encoder = finetune(encoder, train, test, accelerator, config)
-        encoder.config = replace(encoder.config, projection=None, results={}, finetuned=config.dataset_name)
+        encoder.config = replace(encoder.config, projection=None, results={}, finetuned=config.data_label)
     else:
         heads = linear_probe(encoder, train, test, accelerator, config)
     if not accelerator.is_main_process:
@@ -78,21 +94,17 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.label_fraction == 1:
         replace(heads[0], encoder=sha256(target / "model.safetensors")).save(target)
     results = mean_over_seeds(heads)
-    record(target, "accuracy", config.dataset_name, {config.protocol_name: results})
+    record(target, "accuracy", config.data_label, {config.protocol_name: results})
     if config.push_to_hub:
         logger.info(push_export(target, config.push_to_hub))
-    return {"encoder": config.encoder, "dataset": config.dataset_name} | results
+    return {"encoder": config.encoder, "dataset": config.data_label} | results
 
 
 def _target_folder(config: EvalConfig, folder: Path) -> Path:
     """Where results go, made if need be. Raises CareHubError if an encoder would be lost there."""
     if config.output_dir is None and not Path(config.encoder).is_dir():
         raise CareHubError(f"'{config.encoder}' is not a folder of yours; results need an `output_dir`.")
-    target = Path(config.output_dir or folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CareHubError(f"the folder '{target}' can't be written ({error.strerror}).") from error
+    target = make_folder(config.output_dir or folder)
     there = target / "model.safetensors"
     if there.is_file() and (config.protocol == "finetune" or sha256(there) != sha256(folder / there.name)):
         raise CareHubError(f"'{target}' already contains an encoder; choose another `output_dir`.")
@@ -132,9 +144,9 @@ def evaluate_knn(
     top1 = knn_top1(x, train.labels.to(x.device), queries, test.labels.to(x.device), k, temperature)
     results = {"top1": round(top1, 2), "k": k, "temperature": temperature}
     results |= {"n_train": len(train), "n_test": len(test)}
-    if Path(source).is_dir():
-        record(locate(source), "accuracy", data.dataset_name, {"kNN": results})
-    return {"encoder": source, "dataset": data.dataset_name} | results
+    if folder := _own_folder(source):
+        record(folder, "accuracy", data.data_label, {"kNN": results})
+    return {"encoder": source, "dataset": data.data_label} | results
 
 
 def evaluate_equivariance(
@@ -159,7 +171,7 @@ def evaluate_equivariance(
         return {}
     encoders = {name: Encoder.from_folder(locate(name)).to(accelerator.device) for name in names}
     _check_comparable(encoders)
-    first, dataset = encoders[names[0]], data.dataset_name
+    first, dataset = encoders[names[0]], data.data_label
     train, test = open_splits(first, data, accelerator)
     train = train.take(random_subset(len(train), PROBE_IMAGES))
     test = test.take(random_subset(len(test), images))
@@ -177,13 +189,11 @@ def evaluate_equivariance(
             "attributes": probe_attributes(encoder, train, test, seed),
         }
         results[name] = rounded(found)
-        if Path(name).is_dir():
-            folder = locate(name)
+        if folder := _own_folder(name):
             plot_geometry({name: results[name]}, folder / f"equivariance.{dataset.replace('/', '--')}.png")
             record(folder, "equivariance", dataset, results[name])
     if output:
-        folder = Path(output)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(output)
         text = json.dumps({"dataset": dataset, "encoders": results}, indent=2)
         write_text(folder / "equivariance.json", text + "\n")
         plot_geometry(results, folder / "equivariance.png")

@@ -58,7 +58,7 @@ def finetune(
         metrics |= {"n_train": len(subset), "n_test": len(test)}
         metrics["head_seconds"] = round(time.perf_counter() - began, 1)
         weight, bias = head.weight.data.cpu(), head.bias.data.cpu()
-        heads.append(LinearHead(config.dataset_name, weight, bias, names, metrics))
+        heads.append(LinearHead(config.data_label, weight, bias, names, metrics))
         encoders.append(tuned.eval())
     return heads, encoders[0]
 

@@ -156,7 +156,7 @@ def linear_probe(
         metrics |= top_accuracies(x_test @ weight.T + bias, test.labels)
         metrics |= {"n_train": len(subset), "n_test": len(test), "features_seconds": features_seconds}
         metrics["head_seconds"] = round(time.perf_counter() - began, 2)
-        heads.append(LinearHead(config.dataset_name, weight.cpu(), bias.cpu(), train.class_names, metrics))
+        heads.append(LinearHead(config.data_label, weight.cpu(), bias.cpu(), train.class_names, metrics))
     return heads
 
 

@@ -15,10 +15,12 @@ from jinja2 import Environment
 
 from ..config import EncoderConfig, plain_values
 from ..data.sources import SPECS
+from ..errors import printable
+from ..files import write_text
 from ..metrics import FINAL_METRICS, METRICS
 from ..models import SMALL
 from .evaluation_record import Record, read_record
-from .export import folder_lock, read_config, write_text
+from .export import folder_lock, read_config
 from .linear_head import LinearHead, read_heads
 
 BEGIN, END = "<!-- written by care_hub: begin -->", "<!-- written by care_hub: end -->"
@@ -131,7 +133,7 @@ def _written(folder: Path, name: str | None) -> tuple[ModelCardData, str]:
     title = name.split("/")[-1] if name else "-".join(parts).replace("/", "-")
     final = [METRICS[key] for key in FINAL_METRICS if key in config.results]
     environment = Environment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|")
+    environment.filters["cell"] = lambda value: printable(str(value)).replace("|", "\\|")
     template = environment.from_string((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
     text = template.render(
         config=config,

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .export import READ_ERRORS, check_numbers, folder_lock, sha256, write_text
+from ..files import file_errors, write_text
+from .export import READ_ERRORS, check_numbers, folder_lock, sha256
 
 FILE_NAME = "evaluation.json"
 FORMER_NAMES = {"greyscale": "grayscale", "spread": "variance"}  # of families and measures
@@ -15,11 +16,17 @@ def read_record(folder: Path) -> Record:
     """kind -> data set -> results; what had another name in former versions comes under today's.
 
     Empty where nothing is recorded, where it was measured of other weights than those in `folder`,
-    and where the file is no record of this program: it may be a stranger's.
+    and where the file is no record of this program: it may be a stranger's. Raises CareHubError for a
+    file that may not be read, which must not be taken for an empty record and written anew.
     """
+    path, weights = folder / FILE_NAME, folder / "model.safetensors"
+    if not (path.is_file() and weights.is_file()):
+        return {}
+    with file_errors(path, "read"):
+        content = path.read_bytes()
     try:
-        stored = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-        if stored["encoder"] != sha256(folder / "model.safetensors"):
+        stored = json.loads(content.decode())
+        if stored["encoder"] != sha256(weights):
             return {}
         return _checked(stored["results"])
     except READ_ERRORS:

@@ -6,20 +6,19 @@ Nothing in such a folder is trusted, since it may come from a stranger; nothing 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from filelock import BaseFileLock, FileLock
+from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config import EncoderConfig, ProjectionConfig
 from ..errors import CareHubError
+from ..files import file_errors
 
 CONFIG_BYTES = 1 << 20
 # What reading a stranger's JSON may raise.
@@ -32,8 +31,9 @@ def export_folder(source: str | Path) -> Path:
     Raises CareHubError for anything else.
     """
     for folder in (Path(source) / "export", Path(source)):
-        if (folder / "config.json").is_file():
-            return folder
+        with file_errors(folder, "read"):
+            if (folder / "config.json").is_file():
+                return folder
     raise CareHubError(f"'{source}' is not an export folder or a run folder with one (no config.json there).")
 
 
@@ -87,9 +87,9 @@ def projection_of(head: dict[str, Tensor]) -> ProjectionConfig | None:
 
 
 def sha256(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
+    """sha256 of a file, in hexadecimal. Raises CareHubError where it can't be read."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with file_errors(path, "read"), open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -106,11 +106,14 @@ def check_sums(folder: Path, sums: dict[str, str]) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file. CareHubError if it is missing, cut short or not finite."""
     try:
+        path.open("rb").close()  # safetensors calls missing what it may not read
         state = load_file(path)
     except FileNotFoundError:
         raise CareHubError(f"'{path}' is missing; the export is incomplete.") from None
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise CareHubError(f"'{path}' is not a complete safetensors file ({error}).") from error
+    except OSError as error:
+        raise CareHubError(f"'{path}' can't be read ({error.strerror or error}).") from error
     for name, tensor in state.items():
         if tensor.is_floating_point() and not math.isfinite(float(tensor.double().abs().sum())):
             raise CareHubError(f"'{path}' contains values that are not finite numbers (in {name}).")
@@ -133,32 +136,17 @@ def fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     module.load_state_dict(state)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file at once: whatever happens, `path` has its old content or all the new."""
-    with replacement(path) as new:
-        new.write_text(text, encoding="utf-8")
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file at once, as `write_text` does."""
-    with replacement(path) as new:
-        save_file(tensors, new, metadata={"format": "pt"} | (metadata or {}))
-
-
 @contextmanager
-def replacement(path: Path) -> Iterator[Path]:
-    """For `with`: a file to write beside `path`, of this process, which then takes its place."""
-    new = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        yield new
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def folder_lock(folder: Path) -> BaseFileLock:
-    """A lock for `with`, under which a file in `folder` is read, changed and written.
+def folder_lock(folder: Path) -> Iterator[None]:
+    """For `with`: a lock under which a file in `folder` is read, changed and written.
 
     Without it, of two processes that do so at the same time one would undo what the other has done.
+    Raises CareHubError where nothing can be written.
     """
-    return FileLock(folder / ".care_hub.lock")
+    lock = FileLock(folder / ".care_hub.lock")
+    with file_errors(folder):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import CareHubError
+from ..files import make_folder, write_tensors, write_text
 from .evaluation_record import check_accuracy
-from .export import READ_ERRORS, folder_lock, read_tensors, sha256, write_tensors, write_text
+from .export import READ_ERRORS, folder_lock, read_tensors, sha256
 
 PREFIX = "linear_head."
 Features = TypeVar("Features", Tensor, np.ndarray)
@@ -42,8 +43,7 @@ class LinearHead:
 
     def save(self, folder: str | Path) -> Path:
         """Write linear_head.<dataset>.safetensors into `folder`, its sha256 into a config.json there."""
-        path = Path(folder) / head_file_name(self.dataset)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = make_folder(folder) / head_file_name(self.dataset)
         metadata = {"dataset": self.dataset, "encoder": self.encoder}
         metadata |= {"class_names": json.dumps(self.class_names), "metrics": json.dumps(self.metrics)}
         tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
@@ -109,10 +109,10 @@ def find_head(folder: Path, dataset: str | None, source: str | Path) -> LinearHe
 
     `source`: what the user calls the encoder. Raises CareHubError where there is no such head.
     """
-    files = {path.stem.removeprefix(PREFIX).replace("--", "/"): path for path in head_files(folder)}
-    if dataset is None and len(files) == 1:
-        [dataset] = files
-    if dataset not in files:
+    files = head_files(folder)
+    found = [path for path in files if dataset is None or path.name == head_file_name(dataset)]
+    if len(found) != 1:
+        known = ", ".join(path.stem.removeprefix(PREFIX).replace("--", "/") for path in files)
         what = f"for '{dataset}'" if dataset else "without saying for which data set"
-        raise CareHubError(f"'{source}' has no linear head {what}; it has: {', '.join(files) or 'none'}.")
-    return LinearHead.load(files[dataset])
+        raise CareHubError(f"'{source}' has no linear head {what}; it has: {known or 'none'}.")
+    return LinearHead.load(found[0])

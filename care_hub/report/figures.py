@@ -19,7 +19,7 @@ from ..augment import center_crop
 from ..config import TrainConfig
 from ..data.images import InMemoryImages
 from ..encoder import Encoder
-from ..hub.export import replacement
+from ..files import replacement
 from ..metrics import METRICS
 from .tables import Results, title_with_unit
 

@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment
 
 from ..errors import CareHubError
+from ..files import write_text
 from ..hub.card import Row
-from ..hub.export import write_text
 from ..metrics import FINAL_METRICS, METRICS
 from .figures import PANELS, logged_metrics, plot_curves, plot_geometry, run_colors
 from .runs import Run, read_runs
@@ -52,10 +52,7 @@ def write_page(paths: Sequence[str], output: str) -> Path:
     source = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     template = Environment(autoescape=True, trim_blocks=True).from_string(source)
     page = template.render(contents(read_runs(paths)))
-    try:
-        write_text(target, page)
-    except OSError as error:
-        raise CareHubError(f"'{output}' can't be written ({error.strerror}).") from error
+    write_text(target, page)
     return target
 
 
@@ -126,7 +123,7 @@ def _facts(run: Run) -> dict[str, str]:
     return {
         "method": config.method_name,
         title_with_unit("weight"): number(config.weight),
-        "data": config.dataset_name,
+        "data": config.data_label,
         "model": config.model,
         "epochs × batch": f"{config.epochs} × {config.batch_size}",
         "seed": str(config.seed),

@@ -4,6 +4,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from ..errors import printable
 from ..metrics import METRICS
 
 HITS = ("hit_at_1", "hit_at_1_unrotated", "hit_at_1_random")
@@ -51,6 +52,7 @@ def text_table(rows: list[list[str]]) -> str:
     family     error
     crop       0.017
     """
+    rows = [list(map(printable, row)) for row in rows]
     heads = [textwrap.wrap(head, 11, break_long_words=False, break_on_hyphens=False) for head in rows[0]]
     depth = max(map(len, heads))
     padded = [[""] * (depth - len(lines)) + lines for lines in heads]

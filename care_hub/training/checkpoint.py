@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CareHubError
+from ..files import file_errors, make_folder, write_tensors
 
 Tensors = dict[str, Tensor]
 State = dict[str, Any]
@@ -42,10 +43,8 @@ class CheckpointWriter:
         try:
             if running:
                 running.result()
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            where = f"the checkpoint of step {self.step} can't be written in '{self.folder}'"
-            raise CareHubError(f"{where} ({reason}).") from error
+        except CareHubError as error:
+            raise CareHubError(f"the checkpoint of step {self.step} can't be written: {error}") from error
 
 
 def _copy(value: Any) -> Any:
@@ -61,21 +60,22 @@ def save_checkpoint(
 
     Files are written and synced under a temporary name in the same folder, then renamed: a crash
     leaves the old checkpoints and no half one. Tensors are contiguous and on the CPU; `extra` is
-    JSON (step, seconds, ...).
+    JSON (step, seconds, ...). Raises CareHubError where something can't be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     final, temporary = folder / f"step-{step:08d}", folder / f".writing-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     tensors, layout = _flatten(optimizer)
-    save_file(model, temporary / "model.safetensors")
-    save_file(tensors, temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps(extra | {"step": step, "optimizer": layout}))
-    for path in temporary.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+    with file_errors(final):
+        temporary.mkdir()
+        write_tensors(temporary / "model.safetensors", model)
+        write_tensors(temporary / "optimizer.safetensors", tensors)
+        (temporary / "state.json").write_text(json.dumps(extra | {"step": step, "optimizer": layout}))
+        for path in temporary.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
     for old in complete_checkpoints(folder)[:-retain]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -96,9 +96,13 @@ def load_checkpoint(folder: Path) -> tuple[Tensors, State, State]:
         raise CareHubError(f"there is no complete checkpoint in '{folder}' to resume from.")
     path = found[-1]
     try:
+        for file in path.iterdir():
+            file.open("rb").close()  # safetensors calls missing what it may not read
         extra = json.loads((path / "state.json").read_text())
         model, tensors = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
         return model, _unflatten(tensors, extra.pop("optimizer")), extra
+    except PermissionError as error:
+        raise CareHubError(f"the checkpoint '{path}' can't be read ({error.strerror}).") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         advice = "remove it to resume from an older one"
         raise CareHubError(f"the checkpoint '{path}' is damaged ({error}); {advice}.") from error

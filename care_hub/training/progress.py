@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..config import TrainConfig
 from ..errors import CareHubError
+from ..files import file_errors
 from ..schedule import Plan
 
 logger = logging.getLogger(__name__)
@@ -71,8 +72,10 @@ class Progress:
         self.micro: list[Tensor] = []
         self.file: TextIO | None = None
         if self.main:
-            _remove_lines_after(run / "metrics.jsonl", start)
-            self.file = (run / "metrics.jsonl").open("a", buffering=1)
+            path = run / "metrics.jsonl"
+            with file_errors(path):
+                _remove_lines_after(path, start)
+                self.file = path.open("a", buffering=1)
         self.bar = tqdm(
             total=plan.stop, initial=start, unit="step", disable=not self.main, dynamic_ncols=True
         )

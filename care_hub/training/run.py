@@ -19,8 +19,9 @@ from ..config import TrainConfig, plain_values, to_yaml
 from ..data.images import Images
 from ..encoder import Encoder
 from ..errors import CareHubError
+from ..files import write_text
 from ..hub.card import write_card
-from ..hub.export import fill, write_text
+from ..hub.export import fill
 from ..hub.push import push_folder
 from ..report.figures import plot_neighbors
 from .checkpoint import complete_checkpoints, load_checkpoint
@@ -91,7 +92,7 @@ def export_run(
         method=config.method_name,
         weight=config.weight,
         groups=config.equiv_splits,
-        dataset=config.dataset_name,
+        dataset=config.data_label,
         seed=config.seed,
         training=plain_values(config.published()),
         results=results,

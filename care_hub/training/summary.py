@@ -89,6 +89,8 @@ def next_commands(config: TrainConfig, run: Path, test: Images | None) -> list[s
     data = f"--dataset-name {config.dataset_name}"
     if config.data_root:
         data += f" --data-root {shlex.quote(config.data_root)}"
+    if config.dataset_label:
+        data += f" --dataset-label {shlex.quote(config.dataset_label)}"
     commands = [
         f"  care-hub embed YOUR_IMAGES --encoder {name} -o embeddings.parquet",
         f"  python -c \"import care_hub; print(care_hub.load_encoder('{run}').encode('YOUR_IMAGES').shape)\"",
