@@ -60,12 +60,12 @@ def saved(model, path, **extra):
 
 
 def check(model, folder, size, mean, std):
-    """In float64, where rounding can't hide a difference; and the normalization through encode()."""
+    """In float64, where rounding can't hide a difference; and the normalization through embed()."""
     images = torch.rand(2, 3, size, size)
     x = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     encoder = care_hub.load_encoder(folder)
     with torch.no_grad():
-        np.testing.assert_allclose(encoder.encode(images), model(x)[1], atol=5e-6)
+        np.testing.assert_allclose(encoder.embed(images).cpu(), model(x)[1], atol=5e-6)
         h, z = model.double()(x.double())
         encoder.double()
         np.testing.assert_allclose(encoder.features(x.double()), h, atol=1e-10)
