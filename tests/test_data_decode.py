@@ -147,6 +147,7 @@ FORMATS = ["AVIF", "BMP", "DDS", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX"
 FORMATS += ["TIFF", "WEBP"]
 
 
+@pytest.mark.launches
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_damaged_file_is_an_image_or_can_not_be_decoded(kind, monkeypatch):
