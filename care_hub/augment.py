@@ -79,6 +79,11 @@ def seeded_generator(seed: int, *path: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def permutation(count: int, seed: int, *path: object) -> Tensor:
+    """(count,): 0 to count - 1 in an order that depends on `seed` and `path`, see `seeded_generator`."""
+    return torch.randperm(count, generator=seeded_generator(seed, *path))
+
+
 def sample(
     config: AugmentationConfig, n: int, height: int, width: int, generator: torch.Generator
 ) -> AugmentationParams:

@@ -501,6 +501,7 @@ PUBLIC_CODE = {
     "j": "`num_workers`",
     "kernel_size": "`blur_kernel_size`",
     "learning_rate": "`lr`",
+    "local_rank": "nothing: the launcher says it",
     "log_root": "`save_root`",
     "moco_dim": "`projection_dim`",
     "moco_k": "`queue_size`",
@@ -510,6 +511,7 @@ PUBLIC_CODE = {
     "no_knn": "`knn_every=0`",
     "p": "`log_freq`",
     "print_freq": "`log_freq`",
+    "rank": "nothing: the launcher says it",
     "save_only_last_checkpoint": "`checkpoint_every`; the newest two are kept",
     "schedule": "`lr_schedule_type`",
     "split_batch": "`batch_size`, which counts the images of all processes together",
@@ -517,6 +519,7 @@ PUBLIC_CODE = {
     "test_freq": "`knn_every`",
     "wd": "`weight_decay`",
     "workers": "`num_workers`",
+    "world_size": "nothing: the launcher says it",
 }
 
 

@@ -6,18 +6,21 @@ the processes, W times dL / dx.
 """
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import ACCUMULATION
 from .errors import CareHubError
+
+T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
@@ -125,6 +128,23 @@ def _global_twin(norm: Any) -> GlobalBatchNorm:
         setattr(twin, name, value)
     twin.training = norm.training
     return twin
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """What `work` gives on the main process, for all of them, which all call this.
+
+    Raises the CareHubError of `work` on all, so that none waits for one that has stopped.
+    """
+    result, problem = None, ""
+    if world()[0] == 0:
+        try:
+            result = work()
+        except CareHubError as error:
+            problem = str(error)
+    result, problem = broadcast_object_list([result, problem])
+    if problem:
+        raise CareHubError(problem)
+    return result
 
 
 def inference_accelerator() -> Accelerator:

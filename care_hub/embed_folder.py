@@ -10,11 +10,11 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress, islice
 from pathlib import Path
 
 import numpy as np
@@ -53,25 +53,28 @@ def embed_folder(
     accelerator = inference_accelerator()
     loaded = Encoder.from_folder(locate(encoder)).to(accelerator.device)
     about = {"encoder": loaded.fingerprint, "space": space}
+    main, rank, processes = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     folder = path.with_name(f"{path.name}.parts")
+    rows = [slice(start, start + PART) for start in range(0, len(names), PART)]
     # The main process says for all which images there are: one of them may change at this moment.
-    [keys] = broadcast_object_list([part_keys(files, names, about) if accelerator.is_main_process else None])
-    parts = PartialEmbeddings(folder, names, about, keys)
+    keys = [part_key(files[own], names[own], about) for own in rows] if main else None
+    [keys] = broadcast_object_list([keys])
+    parts = [Part(folder / f"{key}.npy", files[own], names[own]) for key, own in zip(keys, rows, strict=True)]
+    embeddings = PartialEmbeddings(folder, about, parts)
     try:
-        parts.folder.mkdir(exist_ok=True)
-        if accelerator.is_main_process and (resumed := parts.resumed()):
+        folder.mkdir(exist_ok=True)
+        if main and (resumed := embeddings.resumed()):
             logger.info(resumed)
-        mine = parts.missing(accelerator.process_index, accelerator.num_processes)
-        todo = [file for k in mine for file in files[parts.rows(k)]]
+        mine = [part for part in parts[rank::processes] if not part.path.is_file()]
+        todo = [file for part in mine for file in part.files]
         broken = partial(logger.warning, "left out: %s") if skip_broken_images else None
         stream = loaded.stream(todo, batch_size, space, broken=broken)
-        hidden = not (accelerator.is_main_process and sys.stderr.isatty())
-        processes = accelerator.num_processes
         title = "embedding" if processes == 1 else f"embedding, process 1 of {processes}"
-        with tqdm(total=len(todo), unit="image", desc=title, disable=hidden) as bar:
-            parts.save(mine, _counted(stream, bar))
+        # Shown by the main process, on a terminal.
+        with tqdm(total=len(todo), unit="image", desc=title, disable=None if main else True) as bar:
+            embeddings.save(mine, stream, bar)
         accelerator.wait_for_everyone()
-        return parts.join(path) if accelerator.is_main_process else ""
+        return embeddings.join(path) if main else ""
     except OSError as error:
         advice = "once that is mended, the same command resumes"
         raise CareHubError(f"'{output}' can't be written ({error.strerror or error}); {advice}.") from error
@@ -100,24 +103,31 @@ def _read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def _counted(stream: Arrays, bar: tqdm) -> Arrays:
-    for z in stream:
-        yield z
-        bar.update(len(z))
+@dataclass
+class Part:
+    """Some images, and the file of their embeddings: an array with NaN for an image left out."""
+
+    path: Path
+    files: list[str]
+    names: list[str]
+
+    def read(self) -> np.ndarray:
+        """The embeddings. Raises CareHubError for a file that is damaged."""
+        try:
+            return np.load(self.path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            advice = "remove it and type the same command again"
+            raise CareHubError(f"the part '{self.path}' is damaged; {advice}.") from error
 
 
-def part_keys(files: list[str], names: list[str], about: dict[str, str]) -> list[str]:
-    """For each part a hash of `about` and of its images' names, sizes and times.
+def part_key(files: list[str], names: list[str], about: dict[str, str]) -> str:
+    """A hash of `about` and of the images' names, sizes and times.
 
     One image more or less changes the keys of its part and of those that follow, a changed image that of
     its part.
     """
-    keys = []
-    for start in range(0, len(names), PART):
-        images = zip(names[start : start + PART], files[start : start + PART], strict=True)
-        content = json.dumps([about, [(name, _version(file)) for name, file in images]])
-        keys.append(hashlib.sha256(content.encode()).hexdigest()[:32])
-    return keys
+    images = [(name, _version(file)) for name, file in zip(names, files, strict=True)]
+    return hashlib.sha256(json.dumps([about, images]).encode()).hexdigest()[:32]
 
 
 def _version(file: str) -> tuple[int, int] | None:
@@ -131,65 +141,49 @@ def _version(file: str) -> tuple[int, int] | None:
 
 @dataclass
 class PartialEmbeddings:
-    """A folder of arrays, part k with the embeddings of images `rows(k)`; NaN for an image left out."""
+    """A folder with the files of `parts`."""
 
     folder: Path
-    names: list[str]  # of all images
     about: dict[str, str]  # metadata of the finished file
-    keys: list[str]  # of all parts, see `part_keys`
-
-    @property
-    def numbers(self) -> range:
-        """All k."""
-        return range(len(self.keys))
-
-    def rows(self, k: int) -> slice:
-        """The images of part k."""
-        return slice(k * PART, (k + 1) * PART)
-
-    def file(self, k: int) -> Path:
-        """Where part k is."""
-        return self.folder / f"{self.keys[k]}.npy"
+    parts: list[Part]
 
     def resumed(self) -> str:
         """What is there of a call that was interrupted, in a sentence; empty if there is nothing."""
-        found = {path.stem for path in self.folder.glob("*.npy")}
-        there = [len(self.names[self.rows(k)]) for k in self.numbers if self.keys[k] in found]
+        found, count = set(self.folder.glob("*.npy")), sum(len(part.names) for part in self.parts)
         sentences = []
-        if there:
-            sentences.append(f"{sum(there):,} of {len(self.names):,} images were embedded before.")
-        if others := found.difference(self.keys):
+        if there := sum(len(part.names) for part in self.parts if part.path in found):
+            sentences.append(f"{there:,} of {count:,} images were embedded before.")
+        if others := found.difference(part.path for part in self.parts):
             parts = "1 part is" if len(others) == 1 else f"{len(others):,} parts are"
             changed = f"{parts} made again: images, encoder or space have changed since"
             sentences.append(f"{changed} (a part is {PART:,} images).")
         return " ".join(sentences)
 
-    def missing(self, rank: int, processes: int) -> list[int]:
-        """Parts that process `rank` has to make and that are not there yet."""
-        return [k for k in self.numbers[rank::processes] if not self.file(k).is_file()]
-
-    def save(self, parts: list[int], stream: Arrays) -> None:
+    def save(self, parts: list[Part], stream: Arrays, bar: tqdm) -> None:
         """Write `parts` from the batches of `stream`, whatever their length, each whole or not at all."""
         waiting: list[np.ndarray] = []
-        for k in parts:
-            size = len(self.names[self.rows(k)])
+        for part in parts:
+            size = len(part.names)
             while sum(map(len, waiting)) < size:
                 waiting.append(next(stream))
+                bar.update(len(waiting[-1]))
             z = np.concatenate(waiting)
             waiting = [z[size:]]
-            with self._whole(self.file(k)) as temporary, open(temporary, "wb") as file:
+            with self._whole(part.path) as temporary, open(temporary, "wb") as file:
                 np.save(file, z[:size], allow_pickle=False)
 
     def join(self, path: Path) -> str:
         """Write all parts as the file `path` and remove their folder; says what was written."""
-        good = [~np.isnan(self._read(k)[:, 0]) for k in self.numbers]
-        names = [name for name, is_good in zip(self.names, np.concatenate(good), strict=True) if is_good]
-        dim = self._read(0).shape[1]
-        arrays = (self._read(k)[rows] for k, rows in enumerate(good))
+        good = [~np.isnan(part.read()[:, 0]) for part in self.parts]
+        names = [
+            name for part, rows in zip(self.parts, good, strict=True) for name in compress(part.names, rows)
+        ]
+        dim = self.parts[0].read().shape[1]
+        arrays = (part.read()[rows] for part, rows in zip(self.parts, good, strict=True))
         with self._whole(path) as temporary:
             WRITERS[path.suffix](temporary, names, dim, arrays, self.about)
         shutil.rmtree(self.folder)
-        broken = len(self.names) - len(names)
+        broken = sum(map(len, good)) - len(names)
         left_out = f", {broken:,} broken images left out" if broken else ""
         return printable(f"{len(names):,} embeddings of {dim} numbers in {path}{left_out}")
 
@@ -203,13 +197,6 @@ class PartialEmbeddings:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _read(self, k: int) -> np.ndarray:
-        try:
-            return np.load(self.file(k), allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            advice = "remove it and type the same command again"
-            raise CareHubError(f"the part '{self.file(k)}' is damaged; {advice}.") from error
-
 
 def _write_parquet(path: Path, names: list[str], dim: int, arrays: Arrays, about: dict[str, str]) -> None:
     import pyarrow as pa
@@ -217,15 +204,12 @@ def _write_parquet(path: Path, names: list[str], dim: int, arrays: Arrays, about
 
     schema = pa.schema({"path": pa.string(), "embedding": pa.list_(pa.float32(), dim)}, about)
     with open(path, "wb") as file, pq.ParquetWriter(file, schema) as writer:
-        start = 0
+        # Parquet's text is UTF-8: other bytes of a name become escape sequences, as Python writes them.
+        paths = (name.encode(errors="backslashreplace").decode() for name in names)
         for z in arrays:
             vectors = pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), dim)
-            # Parquet's text is UTF-8: other bytes of a name become escape sequences, as Python writes them.
-            some = names[start : start + len(z)]
-            paths = [name.encode(errors="backslashreplace").decode() for name in some]
-            rows = {"path": paths, "embedding": vectors}
+            rows = {"path": list(islice(paths, len(z))), "embedding": vectors}
             writer.write_table(pa.table(rows, schema=schema))
-            start += len(z)
 
 
 def _write_safetensors(path: Path, names: list[str], dim: int, arrays: Arrays, about: dict[str, str]) -> None:

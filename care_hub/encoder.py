@@ -24,7 +24,7 @@ from .files import make_folder, write_tensors, write_text
 from .hub import export
 from .hub.push import push_folder
 from .hub.registry import locate
-from .models import SMALL, Backbone, build_backbone, from_plain, timm_config, to_plain
+from .models import SMALL, Backbone, build_backbone, feature_width, from_plain, timm_config, to_plain
 
 SPACES = ("projection", "backbone")
 
@@ -70,7 +70,7 @@ class Encoder(nn.Module):
         Raises CareHubError for a model that does not exist or does not take images of this size.
         """
         backbone = build_backbone(model, image_size)
-        head = ProjectionConfig(backbone.num_features, hidden, outputs, norm)
+        head = ProjectionConfig(feature_width(backbone, image_size), hidden, outputs, norm)
         return cls(EncoderConfig(model, image_size, crop_pct, mean, std, head), backbone)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -288,6 +288,7 @@ class Encoder(nn.Module):
 
 def _check_twin(stored: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:
     """Raise CareHubError where timm's keys and the `care` object describe different networks."""
+    expected = json.loads(json.dumps(expected))  # which turns timm's tuples into lists, as in the file
     for key in ("architecture", "num_classes", "num_features", "pretrained_cfg", "model_args"):
         if stored.get(key) != expected.get(key):
             found = f"{key} should be {expected.get(key)} and is {stored.get(key)}"

@@ -20,7 +20,7 @@ from .hub.export import export_folder
 from .hub.linear_head import LinearHead, find_head
 from .hub.push import push_folder
 from .hub.registry import entries, find_entry, locate
-from .models import Backbone, build_model
+from .models import Backbone, build_model, feature_width
 
 
 def load_encoder(
@@ -87,7 +87,7 @@ def load_classifier(source: str | Path, dataset: str | None = None, **hub_option
     """
     folder = locate(source, **hub_options)
     encoder, head = load_encoder(folder), load_linear_head(folder, dataset)
-    features = encoder.backbone.num_features
+    features = feature_width(encoder.backbone, encoder.config.image_size)
     if head.weight.shape[1] != features:
         raise CareHubError(f"the head for '{head.dataset}' does not take this encoder's {features} features.")
     return Classifier(encoder, head)

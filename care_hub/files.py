@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,9 +61,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file at once, as `write_text` does."""
+    """Write a safetensors file at once, as `write_text` does.
+
+    Tensors that share memory, as tied weights do, are written once for each name.
+    """
+    memory = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    shared = {k: v.clone() for k, v in tensors.items() if memory[v.untyped_storage().data_ptr()] > 1}
     with replacement(path) as new:
-        save_file(tensors, new, metadata={"format": "pt"} | (metadata or {}))
+        save_file(tensors | shared, new, metadata={"format": "pt"} | (metadata or {}))
 
 
 def make_folder(path: str | Path) -> Path:

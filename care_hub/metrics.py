@@ -190,11 +190,10 @@ def knn_scores(
     """
     bank = F.normalize(bank.float(), dim=1)
     votes = torch.zeros(len(queries), classes, device=bank.device)
-    for start in range(0, len(queries), KNN_CHUNK):
-        chunk = slice(start, start + KNN_CHUNK)
-        similarity = F.normalize(queries[chunk].float(), dim=1) @ bank.T
+    for chunk, rows in zip(queries.split(KNN_CHUNK), votes.split(KNN_CHUNK), strict=True):
+        similarity = F.normalize(chunk.float(), dim=1) @ bank.T
         similarity, index = similarity.topk(min(k, len(bank)), dim=1)
-        votes[chunk].scatter_add_(1, labels[index], (similarity / temperature).exp())
+        rows.scatter_add_(1, labels[index], (similarity / temperature).exp())
     return votes
 
 
@@ -305,9 +304,7 @@ _TABLE = (
     ("images_per_second", "speed", "source images, not views, per second of training", "images/s"),
     ("training_seconds", "training time", "wall time of all training steps", "s"),
 )
-FINAL_METRICS = (
-    "knn_top1", "knn_color_top1", "invariance_error",
-    "rotation_error", "rotation_invariance_ratio", "gram_deviation",
-)
 # fmt: on
+FINAL_GEOMETRY = ("invariance_error", "rotation_error", "rotation_invariance_ratio", "gram_deviation")
+FINAL_METRICS = ("knn_top1", "knn_color_top1", *FINAL_GEOMETRY)
 METRICS = {key: Metric(key, *rest) for key, *rest in _TABLE}

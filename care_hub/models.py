@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
@@ -142,7 +143,7 @@ def build_model(name: str, pretrained: bool = False, num_classes: int = 0, **kwa
     """A timm model by name, ours included; `num_classes=0` ends in pooled features.
 
     `pretrained`: with timm's weights. Raises CareHubError for an unknown name, with the nearest
-    known one, and for arguments it does not take.
+    known one, and for what it can't be built with.
     """
     if not timm.is_model(name):
         near = suggest(name, timm.list_models()) or "; care_hub.list_models() shows them"
@@ -152,8 +153,9 @@ def build_model(name: str, pretrained: bool = False, num_classes: int = 0, **kwa
         raise CareHubError(f"there are no pretrained weights for '{name}'; {known}.")
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
-    except (TypeError, AssertionError) as error:
-        raise CareHubError(f"model '{name}' can't be built with {kwargs}: {error}.") from error
+    except Exception as error:  # of whatever kind a constructor, or the way to the weights, gives
+        options = f" with {kwargs}" if kwargs else ""
+        raise CareHubError(f"model '{name}' can't be built{options} ({error}).") from error
 
 
 def build_backbone(model: str, image_size: int) -> Backbone:
@@ -164,12 +166,36 @@ def build_backbone(model: str, image_size: int) -> Backbone:
     known = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
     size: dict[str, Any] = {"img_size": image_size} if known and known.fixed_input_size else {}
     backbone = build_model(model, **size).to(memory_format=torch.channels_last)
-    patch = max(getattr(getattr(backbone, "patch_embed", None), "patch_size", None) or (1,))
+    for conv in filter(lambda module: isinstance(module, nn.Conv2d), backbone.modules()):
+        if conv.in_channels < 16 and conv.kernel_size == (1, 1) != conv.stride:
+            # In channels_last the CPU's backward pass of such a layer writes where it may not (torch 2.14).
+            conv.weight.data = torch.empty(conv.weight.shape).copy_(conv.weight.data)  # in the usual layout
+            conv.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    patch = max(to_2tuple(getattr(getattr(backbone, "patch_embed", None), "patch_size", None) or 1))
     if image_size % patch:
         near = max(1, round(image_size / patch)) * patch
         problem = f"{model} cuts images into patches of {patch} pixels, which do not fill {image_size}"
         raise CareHubError(f"{problem}; use `image_size={near}`.")
     return backbone
+
+
+@torch.no_grad()
+def feature_width(backbone: Backbone, image_size: int) -> int:
+    """d of the (N, d) features of a network, by what it makes of a black image.
+
+    timm's `num_features` is the width before the head, where some architectures have further layers.
+    Raises CareHubError for a network that does not take images of `image_size` pixels, or gives no vectors.
+    """
+    training, name = backbone.training, backbone.pretrained_cfg["architecture"]
+    try:
+        shape = tuple(backbone.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
+    except Exception as error:
+        problem = f"does not take images of {image_size} pixels ({error})"
+        raise CareHubError(f"model '{name}' {problem}.") from error
+    backbone.train(training)
+    if len(shape) != 2:
+        raise CareHubError(f"model '{name}' gives no vectors but {shape}.")
+    return shape[1]
 
 
 def timm_config(config: EncoderConfig, backbone: Backbone) -> dict[str, Any]:

@@ -85,6 +85,16 @@ def tiny_run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def one_thread(monkeypatch):
+    """torch has one thread, and the environment names no other number."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def server(monkeypatch):
     """A Hub on loopback, to which the process is logged in as a user who may write."""
     from care_hub.hub import client

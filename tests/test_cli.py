@@ -1,13 +1,13 @@
 """The command line: options by group, flags before files before defaults, errors that speak flags."""
 
 import click
+import datasets
 import pytest
-import torch
-from helpers import care_hub_command, command, run
+from helpers import ROOT, care_hub_command, command, run
+from PIL import Image
 
 from care_hub import cli
-from care_hub.config import EvalConfig, TrainConfig, to_yaml
-from care_hub.data.images import InMemoryImages
+from care_hub.config import EvalConfig, TrainConfig, read_yaml, to_yaml
 from care_hub.errors import CareHubError
 from care_hub.training import trainer
 
@@ -55,35 +55,53 @@ def test_a_resumed_run_compares_values_as_they_are_meant(tmp_path):
         cli.resolve(place | {"lr": "2e-3"}, None)
 
 
-PUBLISHED = [  # the public code's scripts, but for paths
-    "--dataset-name cifar10 --weight 0.03 --equiv-splits 16",
-    "--dataset-name cifar100 --weight 0.001 --equiv-splits 4",
-    "--dataset-name stl10 --weight 0.01 --equiv-splits 8 --optimizer SGD --lr 0.06 --weight-decay 5e-4 "
-    "--lr-schedule-type cosine --warmup-epochs 10",
-    "--dataset-name cifar10 --weight 0.03 --equiv-splits 16 --optimizer Adam --train-simclr",
+COMMON = "--model resnet50 --temperature 0.5 --epochs 400 --batch-size 256 --log-freq 1"
+COMMON += " --project project_name --user sample_user --run-name test"
+SGD = "--optimizer SGD --lr 0.06 --weight-decay 5e-4 --lr-schedule-type cosine --warmup-epochs 10"
+PLAIN = "--weight 0.03 --equiv-splits 16 --optimizer Adam --train-simclr"
+PUBLISHED = [  # the public code's scripts, but for paths; what they change of a recipe; words of the plan
+    ("cifar10", "--weight 0.03 --equiv-splits 16", {}, "weight 0.03 growing over 12 epochs, 16 groups"),
+    ("cifar100", "--weight 0.001 --equiv-splits 4", {}, "weight 0.001 growing over 12 epochs, 4 groups"),
+    ("stl10", f"--weight 0.01 --equiv-splits 8 {SGD}", {}, "weight 0.01 growing over 12 epochs, 8 groups"),
+    ("cifar10", PLAIN, {"weight": 0.0, "train_simclr": True}, "simclr"),
 ]
+HUB_LAYOUTS: dict[str, tuple[str, dict[str, int], dict[str, int]]] = {  # image, labels, images per split
+    "cifar10": ("img", {"label": 10}, {"train": 512, "test": 4}),
+    "cifar100": ("img", {"fine_label": 100, "coarse_label": 20}, {"train": 512, "test": 4}),
+    "stl10": ("image", {"label": 10}, {"train": 100, "test": 4, "unlabeled": 412}),
+}
 
 
-@pytest.mark.parametrize("flags", PUBLISHED)
-def test_published_command_lines_are_accepted(flags, tmp_path, monkeypatch):
-    pixels = torch.zeros(512, 3, 32, 32, dtype=torch.uint8)
-    images = InMemoryImages(32, torch.zeros(512, dtype=torch.long), ["black"], pixels)
-    monkeypatch.setattr(trainer, "load_splits", lambda *_, **__: (images, images))
-    common = (
-        "--model resnet50 --temperature 0.5 --epochs 400 --batch-size 256 --log-freq 1 --data-root ./data"
-    )
-    ours = [
-        "--project",
-        "project_name",
-        "--user",
-        "sample_user",
-        "--run-name",
-        "test",
-        "--save-root",
-        tmp_path,
-    ]
-    plan = command(cli.train, *common.split(), *flags.split(), *ours, "--dry-run")
-    assert "resnet50" in plan and "800 steps of 256 images" in plan
+@pytest.mark.parametrize(("name", "flags", "_", "method"), PUBLISHED)
+def test_published_command_lines_are_planned_as_they_say(name, flags, _, method, tmp_path):
+    image, labels, splits = HUB_LAYOUTS[name]
+    features = {column: datasets.ClassLabel(num_classes=count) for column, count in labels.items()}
+    for split, count in splits.items():
+        columns = dict.fromkeys(labels, [0] * count) | {image: [Image.new("RGB", (32, 32))] * count}
+        rows = datasets.Dataset.from_dict(columns, datasets.Features({image: datasets.Image()} | features))
+        rows.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    words = f"--dataset-name {name} {COMMON} {flags} --dry-run".split()
+    plan = command(cli.train, *words, "--data-root", tmp_path, "--save-root", tmp_path / "runs")
+    expected = [f"{method} · resnet50 (", f"{name}, 512 images at 32 px", "800 steps of 256 images (400.0 "]
+    if "SGD" in flags:
+        expected += ["fused sgd", "0.06 at step 21"]  # after ten epochs of two steps
+    if "Adam" in flags:
+        expected += ["fused adam"]
+    assert all(part in plan for part in expected), plan
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("name", "flags", "changes", "_"), PUBLISHED)
+def test_published_command_lines_agree_with_the_recipes(name, flags, changes, _, monkeypatch):
+    """The recipes say what the public code has as defaults, its stem for small images too."""
+    configs: list[TrainConfig] = []
+    monkeypatch.setattr(trainer, "train", configs.append)
+    recipe = ROOT / "recipes" / f"{name}.yaml"
+    words = f"--dataset-name {name} {COMMON} {flags} --model resnet50_cifar".split()
+    command(cli.train, "--config", recipe, *words)
+    (config,) = configs
+    assert config.published() == TrainConfig(**read_yaml(recipe)).published() | changes
+    assert (config.log_freq, config.project, config.user) == (1, "project_name", "sample_user")
 
 
 def test_options_of_the_public_code_for_imagenet_are_explained_each():
@@ -93,7 +111,7 @@ def test_options_of_the_public_code_for_imagenet_are_explained_each():
     words += (
         "--epochs 200 --cos --log-root x --data y --run-name z --method simclr --split-batch --weight 0.005 "
     )
-    words += "--equiv-splits-per-gpu 4 --save-only-last-checkpoint --project p --user u"
+    words += "--equiv-splits-per-gpu 4 --save-only-last-checkpoint --project p --user u --local-rank=0"
     said = command(cli.train, *words.split(), ok=False)
     for name, new in {
         "-a": "--model",
@@ -107,6 +125,7 @@ def test_options_of_the_public_code_for_imagenet_are_explained_each():
         "--equiv-splits-per-gpu": "--equiv-splits",
         "--save-only-last-checkpoint": "--checkpoint-every",
         "--dist-url": "nothing",
+        "--local-rank": "nothing",  # which torch.distributed.launch adds
     }.items():
         assert f"for {name} give {new}" in said
     assert "No such option" in command(cli.train, "--mocha", ok=False)

@@ -137,13 +137,14 @@ def test_a_folder_is_listed_once_for_both_splits(photos, monkeypatch):
     assert (len(train_images), len(test_images), len(calls)) == (48, 16, 1)
 
 
-def test_an_image_in_a_table_that_can_not_be_decoded_is_named_by_its_row(tmp_path):
+@pytest.mark.parametrize("broken", [lambda cell: cell | {"bytes": cell["bytes"][:200]}, lambda cell: None])
+def test_an_image_in_a_table_that_can_not_be_decoded_is_named_by_its_row(broken, tmp_path):
     root = hub_layout(tmp_path, {"train": 4}, "image", {"label": ["a"]})
     path = tmp_path / "data" / "train-00000-of-00001.parquet"
     table = pq.read_table(path)
     column = table.schema.get_field_index("image")
     cells = table["image"].to_pylist()
-    cells[2]["bytes"] = cells[2]["bytes"][:200]
+    cells[2] = broken(cells[2])
     field = table.schema.field("image")
     pq.write_table(table.set_column(column, field, pa.array(cells, field.type)), path)
     with pytest.raises(CareHubError, match="row 2 of a/b train"):
@@ -289,6 +290,22 @@ def test_images_of_parquet_without_metadata_are_read(name, column, tmp_path):
     for k in range(4):
         expected = np.asarray(Image.open(io.BytesIO(BYTES[k]))).transpose(2, 0, 1)
         np.testing.assert_array_equal(images.pixels[k], expected)
+
+
+@pytest.mark.parametrize("name", [".", "parquet", "imagefolder", "~"])
+def test_a_folder_of_parquet_may_have_any_name(name, tmp_path, monkeypatch):
+    """As they are, `datasets` takes these for nothing, a file format or the home folder."""
+    folder = tmp_path / name if name != "." else tmp_path / "here"
+    for place in (folder, tmp_path / "others"):
+        plain_parquet(place, train={"image": FILES})
+    monkeypatch.chdir(folder if name == "." else tmp_path)
+    assert len(load_split(DataConfig("imagefolder", name), "train", size=8)) == 4
+
+
+def test_a_table_without_images_among_class_folders_is_none_of_them(tmp_path):
+    data = class_folders(tmp_path, "bus/0.png", "bus/1.png", "train/0.png")
+    pq.write_table(pa.table({"path": ["0.png"], "embedding": [[0.1, 0.2]]}), tmp_path / "embeddings.parquet")
+    assert labels_by_class(load_split(data, "train", size=8)) == {"bus": 2, "train": 1}
 
 
 STRINGS = ["dog", "cat", None, "dog"]

@@ -12,7 +12,13 @@ from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from care_hub.distributed import GlobalBatchNorm, GlobalBatchNormAct, gather, global_batch_norm
+from care_hub.distributed import (
+    GlobalBatchNorm,
+    GlobalBatchNormAct,
+    gather,
+    global_batch_norm,
+    inference_accelerator,
+)
 
 WORKER = ROOT / "tests" / "four_methods.py"
 
@@ -141,3 +147,9 @@ def test_one_process_keeps_its_batch_norms():
     network = small_network()
     before = list(network.modules())
     assert list(global_batch_norm(network, torch.device("cpu")).modules()) == before
+
+
+def test_an_evaluation_takes_no_threads(one_thread):
+    """Only the command line shares out the cores."""
+    inference_accelerator()
+    assert torch.get_num_threads() == 1

@@ -58,8 +58,8 @@ def test_lambda_grows_in_a_run(tiny_run):
     assert weights == pytest.approx([step * k for k in range(1, 7)])
 
 
-def test_training_from_python_prints_nothing_and_leaves_the_random_state_and_warnings_alone(
-    photos, tmp_path, capsys, caplog, recwarn
+def test_training_from_python_prints_nothing_and_leaves_the_process_as_it_was(
+    photos, tmp_path, capsys, caplog, recwarn, one_thread
 ):
     options = {
         "dataset_name": "imagefolder",
@@ -75,6 +75,7 @@ def test_training_from_python_prints_nothing_and_leaves_the_random_state_and_war
     with caplog.at_level(logging.INFO, "care_hub"):
         assert care_hub.train(config)["images_per_second"] > 0
     assert torch.equal(torch.get_rng_state(), state) and __import__("warnings").filters == filters
+    assert torch.get_num_threads() == 1
     assert capsys.readouterr().out == "" and "Trained CARE-simclr on imagefolder" in caplog.text
 
 

@@ -146,17 +146,19 @@ def _read_splits(data: DataConfig, spec: DatasetSpec) -> "datasets.DatasetDict":
     name, root = data.dataset_name, data.data_root
     if root is None and spec.hub_id is None:
         raise CareHubError(f"`dataset_name='{name}'` needs `data_root`, the folder of the class folders.")
-    if root is not None and not Path(root).is_dir():
-        raise CareHubError(f"`data_root` '{root}' is not a folder.")
+    if root is not None:
+        if not Path(root).is_dir():
+            raise CareHubError(f"`data_root` '{root}' is not a folder.")
+        root = os.path.abspath(root)  # libraries take ".", "parquet" or "~" for something else
     verbosity = datasets.utils.logging.get_verbosity()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
     try:
         if root is None:
             return datasets.load_dataset(spec.hub_id)
-        if any(Path(root).rglob("*.parquet")):
+        if any(_has_images(path) for path in Path(root).rglob("*.parquet") if path.is_file()):
             return _read_parquet(root)
         below = _imagenet100_folders(root) if name == "imagenet100" else ("",)
-        return _read_class_folders(os.path.abspath(root), below)
+        return _read_class_folders(root, below)
     except CareHubError:
         raise
     except Exception as error:  # the client's many kinds of failure, each with a message
@@ -167,12 +169,21 @@ def _read_splits(data: DataConfig, spec: DatasetSpec) -> "datasets.DatasetDict":
         datasets.utils.logging.set_verbosity(verbosity)
 
 
+def _has_images(table: Path) -> bool:
+    """Whether a parquet file has images in it, unlike one of embeddings, say, in a folder of images."""
+    import datasets
+    import pyarrow.parquet as pq
+
+    features = datasets.Features.from_arrow_schema(pq.read_schema(table)).values()
+    return any(isinstance(feature, datasets.Image) or _holds_files(feature) for feature in features)
+
+
 def _read_parquet(root: str) -> "datasets.DatasetDict":
     """A local copy in parquet files; splits with unlike columns are read one by one."""
     import datasets
 
-    pattern = glob.escape(os.path.abspath(root))
-    if pattern == os.path.abspath(root):  # else the client takes the path for a pattern
+    pattern = glob.escape(root)
+    if pattern == root:  # else the client takes the path for a pattern
         try:
             return datasets.load_dataset(root)
         except datasets.exceptions.DatasetGenerationError:

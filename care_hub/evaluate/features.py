@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..augment import center_crop, seeded_generator
+from ..augment import center_crop, permutation
 from ..data.images import Images
 from ..encoder import Encoder
 from ..errors import CareHubError
@@ -56,7 +56,7 @@ def random_subset(count: int, wanted: int, seed: int = 0) -> Tensor:
     >>> random_subset(5, 2).tolist() == random_subset(5, 2).tolist()
     True
     """
-    return torch.randperm(count, generator=seeded_generator(seed, "images"))[:wanted]
+    return permutation(count, seed, "images")[:wanted]
 
 
 def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
@@ -65,7 +65,7 @@ def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
     >>> label_subset(torch.tensor([0, 0, 0, 0, 1]), 0.5, seed=0).shape
     torch.Size([3])
     """
-    order = torch.randperm(len(labels), generator=seeded_generator(seed, "subset"))
+    order = permutation(len(labels), seed, "subset")
     parts = [order[labels[order] == c] for c in labels.unique()]
     return torch.cat([part[: max(1, round(fraction * len(part)))] for part in parts]).sort().values
 

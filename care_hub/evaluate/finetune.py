@@ -93,7 +93,7 @@ def _train(
 
     indices = []
     for epoch in range(epochs):
-        order = torch.randperm(len(subset), generator=augment.seeded_generator(seed, "finetune", epoch))
+        order = augment.permutation(len(subset), seed, "finetune", epoch)
         batches = subset[order[: per_epoch * accumulation * batch_size]].split(batch_size)
         indices += [batch.chunk(processes)[rank] for batch in batches]
     steps = zip(indices, split.images.batches(indices), strict=True)

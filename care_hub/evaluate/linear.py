@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam
 
 from .. import augment
-from ..augment import seeded_generator
+from ..augment import permutation, seeded_generator
 from ..config import EvalConfig
 from ..data.images import Images
 from ..encoder import Encoder
@@ -62,7 +62,7 @@ def fit_linear(
 
 def validation_split(count: int, seed: int, fold: int = 0) -> tuple[Tensor, Tensor]:
     """Random indices of four fifths of `count` training images, and of the fifth number `fold`."""
-    order = torch.randperm(count, generator=seeded_generator(seed, "validation"))
+    order = permutation(count, seed, "validation")
     held_out = torch.arange(count) % 5 == fold
     return order[~held_out], order[held_out]
 
@@ -108,7 +108,7 @@ def fit_sgd(copies: Tensor, labels: Tensor, classes: int, config: EvalConfig, se
         if config.optimizer == "sgd":
             passed = sum(epoch >= fraction * epochs for fraction in LR_STEPS)
             optimizer.param_groups[0]["lr"] = lr * 0.1**passed
-        order = torch.randperm(len(labels), generator=seeded_generator(seed, "probe", epoch))
+        order = permutation(len(labels), seed, "probe", epoch)
         for index in order.to(copies.device).split(batch_size):
             loss = F.cross_entropy(head(copies[epoch % len(copies), index]), labels[index])
             optimizer.zero_grad()

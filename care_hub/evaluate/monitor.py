@@ -1,9 +1,8 @@
 """What is measured during and after training, by all processes together."""
 
-import torch
 from accelerate import Accelerator
 
-from ..augment import AugmentationConfig, center_crop, seeded_generator
+from ..augment import AugmentationConfig, center_crop, permutation
 from ..config import TrainConfig
 from ..data.images import Images
 from ..encoder import Encoder
@@ -24,7 +23,7 @@ def knn_bank(config: TrainConfig, images: Images) -> Images | None:
     known = (images.labels >= 0).nonzero()[:, 0]
     if len(known) == len(images) <= config.knn_bank:
         return images
-    order = torch.randperm(len(known), generator=seeded_generator(config.seed, "bank"))
+    order = permutation(len(known), config.seed, "bank")
     return images.take(known[order][: config.knn_bank])
 
 

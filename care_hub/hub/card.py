@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 
 from ..config import EncoderConfig, plain_values
 from ..data.sources import SPECS
 from ..errors import printable
 from ..files import write_text
-from ..metrics import FINAL_METRICS, METRICS
+from ..metrics import FINAL_GEOMETRY, METRICS
 from ..models import SMALL
 from .evaluation_record import Record, read_record
 from .export import folder_lock, read_config
@@ -131,11 +131,11 @@ def _written(folder: Path, name: str | None) -> tuple[ModelCardData, str]:
     rows = accuracies(config, heads, record)
     parts = (config.model, config.method or "CARE", config.dataset or "unknown")
     title = name.split("/")[-1] if name else "-".join(parts).replace("/", "-")
-    final = [METRICS[key] for key in FINAL_METRICS if key in config.results]
-    environment = Environment(trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["cell"] = lambda value: printable(str(value)).replace("|", "\\|")
-    template = environment.from_string((Path(__file__).parent / "card.md").read_text(encoding="utf-8"))
-    text = template.render(
+    text = environment.get_template("card.md").render(
         config=config,
         name=name,
         folder=folder,
@@ -144,7 +144,7 @@ def _written(folder: Path, name: str | None) -> tuple[ModelCardData, str]:
         figures=sorted(folder.glob("*.png")),
         heads=heads,
         rows=rows,
-        final=[metric for metric in final if metric.unit != "%"],
+        final=[METRICS[key] for key in FINAL_GEOMETRY if key in config.results],
         family_metrics=FAMILY_METRICS,
         families=record.get("equivariance", {}),
         metrics=METRICS,

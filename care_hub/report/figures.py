@@ -21,7 +21,7 @@ from ..data.images import InMemoryImages
 from ..encoder import Encoder
 from ..files import replacement
 from ..metrics import METRICS
-from .tables import Results, title_with_unit
+from .tables import Results, interval, title_with_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,7 +148,7 @@ def plot_geometry(
     metrics: Sequence[str] = tuple(PANELS),
     legend: bool = True,
 ) -> None:
-    """A panel for each of `metrics`: mean and 95 % interval by augmentation family and encoder.
+    """A panel for each of `metrics` (of PANELS): mean and 95 % interval by augmentation family and encoder.
 
     `results`: name -> what `evaluate.commands.evaluate_equivariance` measured. `colors`: of the
     names (default: `run_colors`). There is no legend for one encoder, or if `legend` is false.
@@ -176,16 +176,13 @@ def plot_geometry(
 
 def _triples(result: dict[str, Any], families: list[str], metric: str) -> np.ndarray:
     """(3, families): means, lower and upper ends; NaN, which is not shown, where not measured."""
-    measured = [result["families"].get(family, {}).get(metric) for family in families]
-    return np.array([triple or [None] * 3 for triple in measured], dtype=float).T
+    return np.array([interval(result, family, metric) for family in families], dtype=float).T
 
 
 def _explain_panel(axes: Axes, metric: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    better = METRICS[metric].better
-    notes = [PANELS.get(metric), better and f"{better} is better"]
-    axes.set(title=title_with_unit(metric), xlabel="; ".join(filter(None, notes)))
+    axes.set(title=title_with_unit(metric), xlabel=f"{PANELS[metric]}; {METRICS[metric].better} is better")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="x")

@@ -10,16 +10,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 
 from ..errors import CareHubError
 from ..files import write_text
 from ..hub.card import Row
-from ..metrics import FINAL_METRICS, METRICS
+from ..metrics import FINAL_GEOMETRY, METRICS
 from .figures import PANELS, logged_metrics, plot_curves, plot_geometry, run_colors
 from .runs import Run, read_runs
 from .svg import VARIABLES, inline_svg
-from .tables import HITS, Results, number, title_with_unit
+from .tables import HITS, Results, interval, number, title_with_unit
 
 COLUMNS = ("rotation_invariance_ratio", "gram_deviation", "gamma", "composition_invariance_ratio", *HITS)
 SHEETS = ("neighbors.png", "neighbours.png")  # the latter in exports of earlier versions
@@ -49,10 +49,9 @@ def write_page(paths: Sequence[str], output: str) -> Path:
         raise CareHubError(f"'{output}' is a folder; name a file for the page.")
     if not target.absolute().parent.is_dir():
         raise CareHubError(f"the folder '{target.parent}' for the page does not exist.")
-    source = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, trim_blocks=True).from_string(source)
-    page = template.render(contents(read_runs(paths)))
-    write_text(target, page)
+    folder = FileSystemLoader(Path(__file__).parent)
+    template = Environment(loader=folder, autoescape=True, trim_blocks=True).get_template("page.html")
+    write_text(target, template.render(contents(read_runs(paths))))
     return target
 
 
@@ -142,8 +141,8 @@ def result_rows(runs: list[Run]) -> Rows:
         for cell, row in zip(cells, found, strict=True):
             cell.note = row.note
         rows.append([Cell(f"{title}, %", dataset), *cells])
-    for key in FINAL_METRICS:
-        if METRICS[key].unit != "%" and any(key in run.results for run in runs):  # accuracies are above
+    for key in FINAL_GEOMETRY:
+        if any(key in run.results for run in runs):
             cells = _compared([run.results.get(key) for run in runs], METRICS[key].better)
             rows.append([Cell(title_with_unit(key), METRICS[key].meaning), *cells])
     return rows
@@ -151,13 +150,11 @@ def result_rows(runs: list[Run]) -> Rows:
 
 def _compared(values: Sequence[float | None], better: str, digits: int = 4) -> list[Cell]:
     """Cells of one measure, the best marked if there is one. `better`: as in `metrics.Metric`."""
-    cells = [Cell(number(value, digits)) for value in values]
     known = {value for value in values if value is not None and not math.isnan(value)}
+    best = math.nan  # equals no value
     if better and len(known) > 1:
         best = max(known) if better == "higher" else min(known)
-        for cell, value in zip(cells, values, strict=True):
-            cell.best = value == best
-    return cells
+    return [Cell(number(value, digits), best=value == best) for value in values]
 
 
 def option_rows(runs: list[Run]) -> Rows:
@@ -178,18 +175,17 @@ def family_rows(known: Results, colors: dict[str, str]) -> Rows:
         if len(known) > 1:
             rows.append(names)
             names = [Cell(name, color=colors[name]) for name in known]
-        measured = [result["families"].get(family, {}) for result in known.values()]
-        columns = [_with_intervals([of.get(key) for of in measured], key) for key in COLUMNS]
+        columns = [_with_intervals(known, family, key) for key in COLUMNS]
         rows += map(list, zip(names, *columns, strict=True))
     return rows
 
 
-def _with_intervals(triples: Sequence[list[Any] | None], metric: str) -> list[Cell]:
-    """Cells of (mean, lower, upper end); the best is marked if its interval overlaps no other."""
-    known = [triple or [None] * 3 for triple in triples]
-    cells = _compared([mean for mean, _, _ in known], METRICS[metric].better, digits=3)
-    intervals = [(low, high) for _, low, high in known if low is not None]
-    for cell, (_, low, high) in zip(cells, known, strict=True):
+def _with_intervals(known: Results, family: str, metric: str) -> list[Cell]:
+    """Means of each run with their intervals; the best is marked if its interval overlaps no other."""
+    triples = [interval(result, family, metric) for result in known.values()]
+    cells = _compared([mean for mean, _, _ in triples], METRICS[metric].better, digits=3)
+    intervals = [(low, high) for _, low, high in triples if low is not None]
+    for cell, (_, low, high) in zip(cells, triples, strict=True):
         if low is not None:
             cell.note = f"{number(low, 3)}\u00a0to\u00a0{number(high, 3)}"
             cell.best = cell.best and sum(a <= high and low <= b for a, b in intervals) == 1  # its own

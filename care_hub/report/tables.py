@@ -44,6 +44,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None or value != value else f"{value:.{digits}g}"
 
 
+def interval(result: dict[str, Any], family: str, metric: str) -> list[Any]:
+    """(mean, lower, upper end) of what `evaluate_equivariance` measured; None where it did not."""
+    return result["families"].get(family, {}).get(metric) or [None] * 3
+
+
 def text_table(rows: list[list[str]]) -> str:
     """Columns under the heads in the first row, which are wrapped. The first column is flush left.
 
@@ -57,12 +62,9 @@ def text_table(rows: list[list[str]]) -> str:
     depth = max(map(len, heads))
     padded = [[""] * (depth - len(lines)) + lines for lines in heads]
     cells = [*zip(*padded, strict=True), *rows[1:]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for first, *others in cells:
-        aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *aligned]))
-    return "\n".join(lines)
+    first_width, *widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [[first.ljust(first_width), *map(str.rjust, others, widths)] for first, *others in cells]
+    return "\n".join(map("  ".join, lines))
 
 
 def geometry_text(results: Results) -> str:
@@ -80,9 +82,8 @@ def _family_rows(results: Results) -> list[list[str]]:
     rows = [["family", "encoder", *map(title_with_unit, GEOMETRY)]]
     for family in next(iter(results.values()))["families"]:
         for name, result in results.items():
-            measured = result["families"].get(family, {})
-            means = [(measured.get(key) or [None])[0] for key in GEOMETRY]
-            rows.append([family, Path(name).name, *map(number, means)])
+            means = [number(interval(result, family, key)[0]) for key in GEOMETRY]
+            rows.append([family, Path(name).name, *means])
     return rows if len(results) > 1 else [[family, *numbers] for family, _, *numbers in rows]
 
 

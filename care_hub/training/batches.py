@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..augment import AugmentationConfig, center_crop, sample_crop_box, seeded_generator, two_views
+from .. import augment
+from ..augment import AugmentationConfig
 from ..config import TrainConfig
 from ..data.decode import crop_and_resize, resize_and_center_crop
 from ..data.images import Images, StreamedImages
@@ -50,7 +51,9 @@ def make_views(
     groups = config.equiv_splits if config.augmentation_scope == "group" else 1
 
     def views(x: Tensor, stream: str, draws: int, cropped: bool, stride: int = 1) -> Tensor:
-        return two_views(x, augmentation, config.seed, step, stream, draws, rank, processes, cropped, stride)
+        return augment.two_views(
+            x, augmentation, config.seed, step, stream, draws, rank, processes, cropped, stride
+        )
 
     if config.weight and config.views == "shared":
         return (views(first, "shared", groups, cut, config.equivariance_stride),)
@@ -60,7 +63,7 @@ def make_views(
     if not cut:
         second = second[:: config.equivariance_stride]
         if not config.equivariance_crop:
-            second = center_crop(second, augmentation.size)
+            second = augment.center_crop(second, augmentation.size)
     return contrastive, views(second, "equivariance", groups, cut or not config.equivariance_crop)
 
 
@@ -97,8 +100,8 @@ class ViewCutter:
     def _crops(self, image: Image.Image, stream: str, step: int, unit: int) -> list[Image.Image]:
         crops = []
         for view in (0, 1):
-            generator = seeded_generator(self.config.seed, stream, "crop", step, view, unit)
-            box = sample_crop_box(self.augmentation, image.height, image.width, generator)
+            generator = augment.seeded_generator(self.config.seed, stream, "crop", step, view, unit)
+            box = augment.sample_crop_box(self.augmentation, image.height, image.width, generator)
             crops.append(crop_and_resize(image, box, self.augmentation.size))
         return crops
 
@@ -133,6 +136,6 @@ def epoch_order(
     for k in range(first, last):
         epoch, place = divmod(k, per_epoch)
         if k == first or place == 0:
-            shuffled = torch.randperm(images, generator=seeded_generator(config.seed, "order", epoch))
+            shuffled = augment.permutation(images, config.seed, "order", epoch)
         begin = place * config.batch_size + rank * size
         yield shuffled[begin : begin + size]

@@ -17,6 +17,7 @@ from ..files import file_errors, make_folder, write_tensors
 
 Tensors = dict[str, Tensor]
 State = dict[str, Any]
+RETAINED = 2
 
 
 class CheckpointWriter:
@@ -27,15 +28,14 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path):
         self.folder, self.pool, self.step = folder, ThreadPoolExecutor(1), 0
-        self.running: Future[Path] | None = None
+        self.running: Future[None] | None = None
 
     def save(self, step: int, model: Tensors, optimizer: State, extra: State) -> None:
         """Begin to write; first waits for the checkpoint before."""
         self.wait()
-        state = {k: {n: _copy(v) for n, v in of.items()} for k, of in optimizer["state"].items()}
-        model, optimizer = {k: _copy(v) for k, v in model.items()}, optimizer | {"state": state}
-        self.step = step
-        self.running = self.pool.submit(save_checkpoint, self.folder, step, model, optimizer, extra)
+        tensors, layout = _flatten(optimizer)
+        extra, self.step = extra | {"step": step, "optimizer": layout}, step
+        self.running = self.pool.submit(_save, self.folder, _copies(model), _copies(tensors), extra)
 
     def wait(self) -> None:
         """Until all is on disk. Raises CareHubError if it could not be written."""
@@ -47,38 +47,35 @@ class CheckpointWriter:
             raise CareHubError(f"the checkpoint of step {self.step} can't be written: {error}") from error
 
 
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return value
+def _copies(tensors: Tensors) -> Tensors:
+    return {
+        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, value in tensors.items()
+    }
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: Tensors, optimizer: State, extra: State, retain: int = 2
-) -> Path:
-    """Write `folder`/step-XXXXXXXX and remove all but the newest `retain`.
+def _save(folder: Path, model: Tensors, optimizer: Tensors, extra: State) -> None:
+    """Write `folder`/step-XXXXXXXX and remove all but the newest checkpoints.
 
     Files are written and synced under a temporary name in the same folder, then renamed: a crash
     leaves the old checkpoints and no half one. Tensors are contiguous and on the CPU; `extra` is
     JSON (step, seconds, ...). Raises CareHubError where something can't be written.
     """
     make_folder(folder)
-    final, temporary = folder / f"step-{step:08d}", folder / f".writing-{os.getpid()}"
+    final, temporary = folder / f"step-{extra['step']:08d}", folder / f".writing-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    tensors, layout = _flatten(optimizer)
     with file_errors(final):
         temporary.mkdir()
         write_tensors(temporary / "model.safetensors", model)
-        write_tensors(temporary / "optimizer.safetensors", tensors)
-        (temporary / "state.json").write_text(json.dumps(extra | {"step": step, "optimizer": layout}))
+        write_tensors(temporary / "optimizer.safetensors", optimizer)
+        (temporary / "state.json").write_text(json.dumps(extra))
         for path in temporary.iterdir():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-    for old in complete_checkpoints(folder)[:-retain]:
+    for old in complete_checkpoints(folder)[:-RETAINED]:
         shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -1,11 +1,11 @@
 """What a run says while it trains, and how it is asked to stop."""
 
-import dataclasses
 import json
 import logging
 import math
 import os
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +20,8 @@ from ..files import file_errors
 from ..schedule import Plan
 
 logger = logging.getLogger(__name__)
+LOSSES = ("loss", "infonce", "equivariance")
+POSTFIX = "loss {loss:.3f} infonce {infonce:.3f} equi {equivariance:.3f} {images_per_second:.0f} images/s"
 
 
 class Interrupt:
@@ -49,7 +51,7 @@ def start_trackers(run: Path, config: TrainConfig, accelerator: Accelerator) -> 
         return
     accelerator.project_configuration.logging_dir = str(run)
     project = os.environ.get("WANDB_PROJECT") if config.log_with == "wandb" else None
-    options = {k: str(v) for k, v in dataclasses.asdict(config).items()}
+    options = {name: str(value) for name, value in asdict(config).items()}
     entity = {"wandb": {"entity": config.user}} if config.user else {}
     accelerator.init_trackers(config.project or project or "care_hub", options, entity)
 
@@ -67,8 +69,9 @@ class Progress:
         self.plan, self.start, self.config, self.accelerator = plan, start, config, accelerator
         self.main = accelerator.is_main_process
         self.block = 1 if accelerator.device.type == "cpu" else 20
+        self.images = config.batch_size * config.gradient_accumulation  # of a step
         self.seconds, self.durations = seconds, list[float]()
-        self.pending: list[tuple[int, float, float, float, Tensor]] = []
+        self.pending: list[tuple[int, Tensor, dict[str, float]]] = []
         self.micro: list[Tensor] = []
         self.file: TextIO | None = None
         if self.main:
@@ -82,13 +85,14 @@ class Progress:
 
     def add_losses(self, losses: dict[str, Tensor]) -> None:
         """The losses of one micro-batch."""
-        self.micro.append(torch.stack([losses[k].detach() for k in ("loss", "infonce", "equivariance")]))
+        self.micro.append(torch.stack([losses[name].detach() for name in LOSSES]))
 
     def add_step(self, step: int, lr: float, weight: float, seconds: float) -> None:
         """One optimizer step is done, on the micro-batches since the last."""
         self.seconds += seconds
         self.durations = [*self.durations[-3:], seconds]
-        self.pending.append((step, lr, weight, seconds, torch.stack(self.micro).mean(dim=0)))
+        others = {"weight": weight, "lr": lr, "images_per_second": self.images / seconds}
+        self.pending.append((step, torch.stack(self.micro).mean(dim=0), others))
         self.micro = []
         if step == self.start + 3 and self.main:
             left = sum(self.durations[1:]) / 3 * (self.plan.stop - step - 1)  # the first step is slower
@@ -102,18 +106,16 @@ class Progress:
         """
         if not self.pending:
             return
-        values = torch.stack([losses for *_, losses in self.pending]).tolist()
-        images = self.config.batch_size * self.config.gradient_accumulation
-        for pending, (loss, infonce, equivariance) in zip(self.pending, values, strict=True):
-            step, lr, weight, seconds, _ = pending
-            if not math.isfinite(loss):
+        values = torch.stack([losses for _, losses, _ in self.pending]).tolist()
+        for (step, _, others), losses in zip(self.pending, values, strict=True):
+            row: dict[str, Any] = {"step": step + 1, "epoch": step // self.plan.steps_per_epoch + 1}
+            row |= zip(LOSSES, losses, strict=True)
+            if not math.isfinite(row["loss"]):
                 advice = "lower `lr` or try `mixed_precision='no'` (earlier checkpoints are kept)"
-                raise CareHubError(f"the loss became {loss} at step {step + 1}; {advice}.")
-            row = {"step": step + 1, "epoch": step // self.plan.steps_per_epoch + 1, "loss": loss}
-            row |= {"infonce": infonce, "equivariance": equivariance, "weight": weight, "lr": lr}
-            self._write(row | {"images_per_second": images / seconds})
-        parts = f"loss {loss:.3f} infonce {infonce:.3f} equi {equivariance:.3f}"
-        self.bar.set_postfix_str(f"{parts} {images / seconds:.0f} images/s", refresh=False)
+                raise CareHubError(f"the loss became {row['loss']} at step {step + 1}; {advice}.")
+            row |= others
+            self._write(row)
+        self.bar.set_postfix_str(POSTFIX.format(**row), refresh=False)
         self.bar.update(len(self.pending))
         self.pending = []
 
@@ -130,8 +132,7 @@ class Progress:
     def _write(self, row: dict[str, Any]) -> None:
         if self.file:
             self.file.write(json.dumps(row) + "\n")
-        due = "knn_top1" in row or row["step"] % self.config.log_freq == 0
-        if due and self.config.log_with != "none":
+        if "knn_top1" in row or row["step"] % self.config.log_freq == 0:
             self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def close(self) -> None:

@@ -7,16 +7,17 @@ import platform
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import accelerate
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from ..config import TrainConfig, plain_values, to_yaml
 from ..data.images import Images
+from ..distributed import from_main
 from ..encoder import Encoder
 from ..errors import CareHubError
 from ..files import write_text
@@ -30,21 +31,13 @@ logger = logging.getLogger(__name__)
 SHEET_IMAGES = 2000  # among which neighbors are looked for
 
 
-def open_run(config: TrainConfig, main: bool) -> Path:
+def open_run(config: TrainConfig) -> Path:
     """Make the run folder and write config.yaml, or find the one to resume; one name for all processes.
 
     All of them call it. Raises CareHubError, on all of them, if the folder exists or can't be made.
     """
-    name, problem = config.run_name, ""
-    if main and not config.resume:
-        try:
-            name = _make_folder(config)
-        except CareHubError as error:
-            problem = str(error)
-    name, problem = broadcast_object_list([name, problem])
-    if problem:
-        raise CareHubError(problem)
-    return Path(config.save_root) / name
+    name = config.run_name if config.resume else from_main(lambda: _make_folder(config))
+    return Path(config.save_root) / str(name)
 
 
 def _make_folder(config: TrainConfig) -> str:
@@ -81,6 +74,26 @@ def restore(
     if accelerator.scaler and extra["scaler"]:
         accelerator.scaler.load_state_dict(extra["scaler"])
     return extra["step"], extra["seconds"]
+
+
+def rehearse(encoder: Encoder, images: int) -> None:
+    """Save the untrained encoder, load it again, and take a gradient of the copy on `images` black images.
+
+    So what would fail at the end of a run does so before its first step. Nothing is left behind, the global
+    random state included. Raises CareHubError.
+    """
+    size, model = encoder.config.image_size, encoder.config.model
+    with torch.random.fork_rng([]):
+        with TemporaryDirectory() as folder:
+            copy = Encoder.from_folder(encoder.save_pretrained(folder))
+        x = torch.zeros(images, 3, size, size)
+        if not torch.equal(copy.embed(x), encoder.embed(x)):
+            raise CareHubError(f"model '{model}' gives other embeddings once it is saved and loaded.")
+        try:
+            copy.train()(x).sum().backward()
+        except Exception as error:  # whatever a network raises
+            few = f"{images} image{'s' * (images > 1)} of {size} pixels"
+            raise CareHubError(f"model '{model}' can't be trained on {few} ({error}).") from error
 
 
 def export_run(

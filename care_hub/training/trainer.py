@@ -19,7 +19,7 @@ from ..augment import AugmentationConfig
 from ..config import TrainConfig
 from ..data.images import Images, InMemoryImages
 from ..data.sources import load_splits
-from ..distributed import global_batch_norm, launched_accumulation
+from ..distributed import from_main, global_batch_norm, launched_accumulation
 from ..encoder import Encoder
 from ..errors import CareHubError
 from ..evaluate.monitor import final_results, knn_monitor
@@ -123,6 +123,8 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Setup:
         config.projection_norm,
         crop_pct=augmentation.size / train_images.size,
     )
+    smallest = config.batch_size * (1 if config.method == "moco" else 2)  # batch that the encoder sees
+    from_main(lambda: run.rehearse(encoder, min(2, smallest)))
     setup = Setup(config, accelerator, train_images, test_images, plan, augmentation, encoder)
     if main:
         log_plan(setup)
@@ -147,7 +149,7 @@ def log_plan(setup: Setup) -> None:
 def start(setup: Setup) -> Session:
     """Make the run folder and what is trained; restore the newest checkpoint of a run that is resumed."""
     config, accelerator = setup.config, setup.accelerator
-    folder = run.open_run(config, accelerator.is_main_process)
+    folder = run.open_run(config)
     method = global_batch_norm(make_method(config, setup.encoder, len(setup.train)), accelerator.device)
     if config.compile:
         setup.encoder.backbone.compile()
