@@ -3,12 +3,16 @@
 import io
 import os
 import struct
+import sys
+import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import timm
 import torch
+from helpers import run
 from PIL import Image, ImageOps
 
 from care_hub.data import decode
@@ -212,6 +216,128 @@ def test_images_are_resized_and_cropped_as_timm_does(shape, crop_pct):
     np.testing.assert_array_equal(decode.resize_and_center_crop(image, 64, crop_pct), expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 4000), (4000, 1), (7, 2001), (300, 9000), (17001, 1000)])
+def test_a_strip_is_cut_before_it_is_resized(shape):
+    image = photo(*shape)
+    width, height = decode.resized_shape(*shape, 64, 0.875)
+    left, top = decode.center_offset(width, 64), decode.center_offset(height, 64)
+    whole = image.resize((width, height), Image.Resampling.BICUBIC)
+    expected = np.asarray(whole.crop((left, top, left + 64, top + 64)), float)
+    difference = np.abs(decode.resize_and_center_crop(image, 64, 0.875) - expected)
+    assert difference.mean() < 0.1 and (min(shape) > 1 or not difference.any())
+
+
+def png(width: int, height: int, data: bytes = b"") -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def test_a_strip_of_any_length_is_an_image():
+    for shape in ((1, 500_000), (500_000, 1)):  # resized whole, they would be 224 x 112,000,000
+        strip = png(*shape, zlib.compress((b"\0" + bytes([9, 8, 7, 255]) * shape[0]) * shape[1]))
+        square = decode.to_square(strip, "", 224)
+        assert square.shape == (3, 224, 224)
+        assert square.flatten(1).unique(dim=1).squeeze(1).tolist() == [9, 8, 7]
+
+
+def resaved(kind: str, *changes: tuple[bytes, bytes], mode: str = "RGB", **options) -> bytes:
+    """A small file whose header is changed, to claim more."""
+    file = io.BytesIO()
+    Image.new(mode, (48, 48)).save(file, kind, **options)
+    found = file.getvalue()
+    for old, new in changes:
+        assert old in found
+        found = found.replace(old, new, 1)
+    return found
+
+
+def bombs() -> dict[str, bytes]:
+    """Small files that would take gigabytes."""
+    small, claimed = ((struct.pack("<HH", n, n), struct.pack(">HH", n, n)) for n in (48, 12000))
+    rows, planes = (struct.pack("<HHII", *tag) for tag in ((278, 4, 1, 48), (284, 3, 1, 1)))
+    tile = [struct.pack("<HHII", tag, 4, 1, 12000) for tag in (322, 323)]
+    return {
+        "png": png(12000, 12000),
+        "strip": png(1, 60_000_000),
+        "beyond Pillow's limit": png(60_000, 60_000),
+        "pgm": b"P5 12000 12000 255\n",
+        "16 bits": b"P5 7000 7000 65535\n",
+        "gif": resaved("GIF", (small[0], claimed[0])),
+        "tga": resaved("TGA", (small[0], claimed[0])),
+        "jpeg": resaved("JPEG", (small[1], claimed[1])),
+        "progressive jpeg": resaved("JPEG", (small[1], struct.pack(">HH", 7000, 7000)), progressive=True),
+        "webp": resaved("WEBP", (b"\x2f\x2f\xc0\x0b\x00", b"\x2f\xff\xff\xff\x0f"), lossless=True),
+        "jp2": resaved("JPEG2000", (b"\0\x30\0\0\0\x30", b"\xff\xff\0\0\xff\xff")),
+        "tile of a tiff": resaved("TIFF", (rows, tile[0]), (planes, tile[1]), mode="RGBA"),
+        "ico": struct.pack("<3H4B2H2I", 0, 1, 1, 0, 0, 0, 0, 1, 32, 99, 22) + png(12000, 12000),
+        "icns": resaved("ICNS", mode="RGBA"),
+        "eps": resaved("EPS"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_would_take_too_much_memory_is_refused(monkeypatch):
+    reason = r"it has .* and would take \d+ MB; `PIL.Image.MAX_IMAGE_PIXELS`|Image size|cannot identify"
+    for name, content in bombs().items():
+        with pytest.raises(CareHubError, match=rf"{name} can't be decoded \(({reason})"):
+            decode.to_rgb(content, name)
+    image = Image.new("RGB", (100, 100))  # is in memory, whatever its size
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9999)
+    assert decode.to_rgb(image).size == (100, 100)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures where Linux tells the peak")
+def test_no_image_takes_600_mb(tmp_path):
+    """The largest that are decoded."""
+    zeros = zlib.compressobj(1)
+    pixels = b"".join(zeros.compress(bytes(1 + 4 * 8100)) for _ in range(8100)) + zeros.flush()
+    (tmp_path / "rgba.png").write_bytes(png(8100, 8100, pixels))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"progressive": True, "subsampling": 0, "exif": exif}
+    Image.new("RGB", (6100, 6100)).save(tmp_path / "progressive.jpg", **options)
+    Image.new("RGB", (5100, 5100)).save(tmp_path / "image.webp", method=0)
+    measure = (
+        "import re, sys; from care_hub.data.inputs import decode_item\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) / 1000\n"
+        "before = peak()\n"
+        "for path in sys.argv[1:]: assert decode_item(path, 224, 0.875).shape == (3, 224, 224)\n"
+        "print(peak() - before)"
+    )
+    paths = sorted(map(str, tmp_path.iterdir()))
+    assert 100 < float(run(sys.executable, "-c", measure, *paths).stdout) < 600
+
+
+def test_threads_wait_for_the_large_images_of_others(monkeypatch, tmp_path):
+    photo(100, 100).save(tmp_path / "image.png")
+    with Image.open(tmp_path / "image.png") as image:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", decode._bytes_of(image) // 6 + 1)
+    running, most = [], []
+
+    def square(image: Image.Image, *_) -> torch.Tensor:
+        running.append(image)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.pop()
+        return torch.zeros(3, 8, 8)
+
+    monkeypatch.setattr(decode, "square_tensor", square)
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda _: decode.to_square(tmp_path / "image.png", "", 8), range(24)))
+    assert max(most) == 4
+
+
+def test_errors_keep_no_image_in_memory(tmp_path):
+    image = Image.fromarray(np.float32([[7]]))
+    with pytest.raises(CareHubError) as caught:
+        decode.to_rgb(image)
+    assert caught.value.__cause__ is None and caught.value.__context__ is None
+
+
 def test_a_crop_shows_its_box():
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[5:15, 10:30] = (200, 100, 50)
@@ -246,7 +372,7 @@ def test_images_have_the_suffixes_that_this_pillow_decodes(tmp_path):
     Image.init()
     photo(16, 16).save(tmp_path / "whole.jpg")
     for suffix, name in Image.registered_extensions().items():
-        if name in Image.SAVE and name not in {"EPS", *decode.NOT_DECODED}:  # EPS needs a program
+        if name in Image.SAVE and name not in decode.NOT_DECODED:
             try:
                 photo(16, 16).save(tmp_path / f"image{suffix.upper()}", name)
             except (OSError, ValueError):  # a format without colors

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..errors import CareHubError
-from .decode import square_tensor, to_rgb, to_tensor
+from .decode import square_tensor, to_rgb, to_square, to_tensor
 
 ADVICE = "Mend or remove it, or pass `skip_broken_images=True`."
 
@@ -155,8 +155,8 @@ class _DecodedBatches(Dataset):
             for k in range(len(self.rows) if self.skip_broken else 1):
                 row = (first + k) % len(self.rows)
                 try:
-                    image = _decode_cell(self.rows[row]["image"], f"row {row}")
-                    values.append(self.use(image, *arguments))
+                    cell = self.rows[row]["image"]
+                    values.append(self.use(to_rgb(cell, _name(cell, f"row {row}")), *arguments))
                     break
                 except CareHubError as error:
                     problems.append(str(error))
@@ -171,9 +171,9 @@ def _stack_views(items: list[tuple[Views, Views]]) -> tuple[Tensor, Tensor | Non
     return torch.stack(first), torch.stack(second) if second else None
 
 
-def _decode_cell(cell: dict[str, Any] | None, where: str) -> Image.Image:
+def _name(cell: dict[str, Any] | None, where: str) -> str:
     path = cell and cell.get("path")
-    return to_rgb(cell, f"the image '{path}' ({where})" if path else f"the image in {where}")
+    return f"the image '{path}' ({where})" if path else f"the image in {where}"
 
 
 def decode_into_memory(images: StreamedImages, title: str, progress: bool) -> InMemoryImages:
@@ -187,7 +187,7 @@ def decode_into_memory(images: StreamedImages, title: str, progress: bool) -> In
 
     def decode(row: int, cell: dict[str, Any]) -> None:
         try:
-            pixels[row] = square_tensor(_decode_cell(cell, f"row {row} of {title}"), size)
+            pixels[row] = to_square(cell, _name(cell, f"row {row} of {title}"), size)
         except CareHubError as error:
             if not images.skip_broken:
                 raise CareHubError(f"{error} {ADVICE}") from error

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..augment import normalize
 from ..errors import CareHubError
-from .decode import find_images, square_tensor, to_rgb
+from .decode import find_images, square_tensor, to_square
 
 CHANNELS = (1, 3, 4)  # gray, RGB, RGBA
 
@@ -154,7 +154,7 @@ def decode_item(item: Any, size: int, crop_pct: float, name: str = "an image") -
     if isinstance(item, dict) and not item.keys() & {"bytes", "path"}:
         raise CareHubError(f"{name} is a row, of {', '.join(map(str, item))}; give the images alone.")
     has_path = isinstance(item, str | Path) or (isinstance(item, dict) and item.get("path"))
-    return square_tensor(to_rgb(item, "" if has_path else name), size, crop_pct)
+    return to_square(item, "" if has_path else name, size, crop_pct)
 
 
 def _is_prepared(batch: Tensor | np.ndarray, size: int, crop_pct: float) -> bool:
