@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import CareHubError
+
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, the weights torchvision uses
 CROP_TRIES = 10
 
@@ -39,6 +41,24 @@ class AugmentationConfig:
     blur_kernel_size: int = 3  # pixels, odd
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        """Raise CareHubError for values that can't be; NaN is in no range."""
+        sound = {name: 0 <= getattr(self, name) <= 1 for name in ("flip", "jitter_p", "grayscale", "blur")}
+        for name in ("scale", "ratio", "blur_sigma"):
+            pair = getattr(self, name)
+            sound[name] = len(pair) == 2 and 0 < pair[0] <= pair[1] < math.inf
+        sound |= {
+            "size": self.size >= 1,
+            "jitter": len(self.jitter) == 4 and all(0 <= strength < math.inf for strength in self.jitter),
+            "blur_kernel_size": self.blur_kernel_size in range(1, max(2, 2 * self.size), 2) or not self.blur,
+            "mean": len(self.mean) == 3 and all(map(math.isfinite, self.mean)),
+            "std": len(self.std) == 3 and all(0 < value < math.inf for value in self.std),
+        }
+        for name, is_sound in sound.items():
+            if not is_sound:
+                found = f"`{name}={getattr(self, name)}`"
+                raise CareHubError(f"no augmentation of {self.size} x {self.size} pixels has {found}.")
 
 
 @dataclass(frozen=True)
@@ -92,6 +112,9 @@ def sample(
     >>> sample(AugmentationConfig(), 2, 32, 32, seeded_generator(0)).box.shape
     torch.Size([2, 4])
     """
+
+    if n < 0 or min(height, width) < 1:
+        raise CareHubError(f"there are no {n} augmentations of {height} x {width} pixels.")
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(n, generator=generator) * (high - low) + low
@@ -171,6 +194,8 @@ def two_views(
     """
     height, width = images.shape[-2:]
     total = len(images) * processes
+    if min(draws, stride) < 1 or total % (draws * stride):
+        raise CareHubError(f"{total} images don't divide among {draws} augmentations of every {stride}th.")
     mine = slice(rank * len(images), (rank + 1) * len(images))
 
     def sample_view(view: int) -> AugmentationParams:
@@ -198,6 +223,9 @@ def apply(images: Tensor, params: AugmentationParams, config: AugmentationConfig
     >>> apply(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), params, config).shape
     torch.Size([4, 3, 16, 16])
     """
+    if images.ndim != 4 or images.shape[:2] != (len(params), 3):
+        shape = f"({len(params)}, 3, H, W)"
+        raise CareHubError(f"{len(params)} rows of parameters are for {shape}, got {tuple(images.shape)}.")
     x = images.to(torch.get_default_dtype()).mul_(1 / 255) if images.dtype == torch.uint8 else images
     x = crop(x, params.box, params.flip, config.size)
     x = jitter(x, params.factors, params.order)
@@ -353,6 +381,8 @@ def blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     >>> blur(x, torch.tensor([1.0]), kernel_size=3)[0, 0, 2]
     tensor([0.0000, 0.1238, 0.2042, 0.1238, 0.0000])
     """
+    if kernel_size not in range(1, 2 * min(x.shape[2:]), 2):
+        raise CareHubError(f"`kernel_size={kernel_size}` is not odd, or too large for {tuple(x.shape)}.")
     index = (sigma > 0).nonzero()[:, 0]
     if not len(index):
         return x

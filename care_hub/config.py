@@ -20,6 +20,8 @@ import yaml
 
 from .errors import CareHubError, printable, suggest
 
+LARGEST_IMAGE = 2048  # pixels a side
+WIDEST_LAYER = 65536  # of a projection head
 LABEL_LENGTH = 64  # it becomes part of the names of files
 
 
@@ -354,6 +356,21 @@ class EncoderConfig:
     finetuned: str | None = None  # the data set whose labels were used
     sha256: dict[str, str] = field(default_factory=dict)  # of the files beside config.json
     extra: dict[str, Any] = field(default_factory=dict)  # what other versions or programs wrote
+
+    def __post_init__(self) -> None:
+        """Raise CareHubError for sizes and statistics with which no encoder works."""
+        head, size = self.projection, self.image_size
+        sound = {
+            "image_size": type(size) is int and 1 <= size <= LARGEST_IMAGE,
+            "crop_pct": 0.1 <= self.crop_pct <= 1,
+            "mean": len(self.mean) == 3 and all(map(math.isfinite, self.mean)),
+            "std": len(self.std) == 3 and all(map(math.isfinite, self.std)) and min(self.std) > 0,
+            "projection": head is None
+            or all(1 <= width <= WIDEST_LAYER for width in (head.inputs, head.hidden, head.outputs)),
+        }
+        for name, is_sound in sound.items():
+            if not is_sound:
+                raise CareHubError(f"an encoder can't have `{name}={getattr(self, name)}`.")
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "EncoderConfig":

@@ -26,6 +26,7 @@ from .data.decode import list_images
 from .distributed import inference_accelerator
 from .encoder import Encoder
 from .errors import CareHubError, printable
+from .files import make_folder
 from .hub.registry import locate
 
 PART = 4096  # images
@@ -47,7 +48,7 @@ def embed_folder(
     path = Path(output)
     if path.suffix not in WRITERS:
         raise CareHubError(f"'{output}' must end in {', '.join(WRITERS)}.")
-    if not path.absolute().parent.is_dir():
+    if not os.path.isdir(path.absolute().parent):
         raise CareHubError(f"the folder '{path.parent}' for the output does not exist.")
     files, names = list_images(source)
     accelerator = inference_accelerator()
@@ -62,7 +63,7 @@ def embed_folder(
     parts = [Part(folder / f"{key}.npy", files[own], names[own]) for key, own in zip(keys, rows, strict=True)]
     embeddings = PartialEmbeddings(folder, about, parts)
     try:
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         if main and (resumed := embeddings.resumed()):
             logger.info(resumed)
         mine = [part for part in parts[rank::processes] if not part.path.is_file()]

@@ -67,11 +67,13 @@ class Encoder(nn.Module):
         """An encoder with random weights, from torch's global generator.
 
         `mean`, `std`: normalization, per channel. `hidden`, `outputs`, `norm`: of the projection head.
-        Raises CareHubError for a model that does not exist or does not take images of this size.
+        Raises CareHubError for a model that does not exist or does not take images of this size, and for
+        sizes and statistics that can't be.
         """
+        config = EncoderConfig(model, image_size, crop_pct, mean, std)  # refused, if so, first
         backbone = build_backbone(model, image_size)
         head = ProjectionConfig(feature_width(backbone, image_size), hidden, outputs, norm)
-        return cls(EncoderConfig(model, image_size, crop_pct, mean, std, head), backbone)
+        return cls(replace(config, projection=head), backbone)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) normalized images -> (B, d) unit vectors (float32 also under autocast).
@@ -105,10 +107,12 @@ class Encoder(nn.Module):
         """(B, 3, S, S) uint8 or float in [0, 1], of the encoder's own size -> (B, d) float32 on its device.
 
         In eval mode, whatever mode the encoder is in, which stays. `dtype`: compute under autocast in it.
-        Raises CareHubError for an unknown `space`.
+        Raises CareHubError for an unknown `space` and for other shapes.
         """
         if space not in SPACES:
             raise CareHubError(f"there is no space '{space}'; choose 'projection' or 'backbone'.")
+        if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
+            raise CareHubError(f"images must be (B, 3, S, S) here, got {tuple(x.shape)}; see `encode`.")
         model = self.evaluating()
         x = x.to(self.device, non_blocking=True)
         kind = next(self.parameters()).dtype
@@ -219,13 +223,17 @@ class Encoder(nn.Module):
         (if there is a head).
 
         `dtype` torch.float16 halves the files: kernels and matrices are rounded to it, vectors are not.
+        Raises CareHubError for a `dtype` of whole numbers, and where nothing can be written.
         """
+        if dtype and not dtype.is_floating_point:
+            raise CareHubError(f"weights can't be stored as {dtype}.")
         folder = make_folder(folder)
         stem = SMALL.get(self.config.model)
 
         def stored(module: nn.Module) -> dict[str, Tensor]:
             state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-            return {k: v.to(dtype) if dtype and v.ndim > 1 else v for k, v in state.items()}
+            large = {k for k, v in state.items() if v.ndim > 1 and v.is_floating_point()}
+            return {k: v.to(dtype) if dtype and k in large else v for k, v in state.items()}
 
         backbone = stored(self.backbone)
         files = {"model.safetensors": to_plain(backbone, stem) if stem else backbone}

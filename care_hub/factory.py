@@ -103,6 +103,8 @@ def create_model(name: str, pretrained: bool = False, num_classes: int = 0, **kw
     >>> create_model("resnet18_cifar", num_classes=5)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 5])
     """
+    if num_classes < 0:
+        raise CareHubError(f"`num_classes` can't be negative, got {num_classes}.")
     entry = find_entry(name) if pretrained else None
     if entry is None:
         return build_model(name, pretrained, num_classes, **kwargs)

@@ -24,6 +24,8 @@ def file_errors(path: str | Path, verb: str = "written") -> Iterator[None]:
     Traceback (most recent call last):
     care_hub.errors.CareHubError: 'absent.txt' can't be read (No such file or directory).
     """
+    if "\0" in str(path):  # for which Python has a ValueError
+        raise CareHubError(f"'{path}' can't be {verb} (there is a NUL byte in its name).")
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -38,7 +40,7 @@ def replacement(path: Path) -> Iterator[Path]:
     Its mode is that of any new file, whatever wrote it: safetensors' own writer gives 0600. Raises
     CareHubError where it can't be written.
     """
-    new = path.with_name(f".writing-{uuid4().hex}")
+    new = path.parent / f".writing-{uuid4().hex}"
     with file_errors(path):
         try:
             new.touch()

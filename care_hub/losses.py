@@ -2,8 +2,11 @@
 
 Shapes: `z1`, `z2` are (B, d); row i of both is the same image under two augmentations; every row has
 unit length. Each loss is a scalar tensor. Half precision, also that of autocast, is raised to float32,
-since e^{1 / 0.07} does not fit float16.
+since e^{1 / 0.07} does not fit float16. CareHubError for other shapes and temperatures <= 0; NaN in gives
+NaN out, since to look for it would wait for the device.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +37,8 @@ def alignment(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     >>> alignment(torch.eye(3), torch.eye(3), temperature=0.5)
     tensor(-2.)
     """
-    return -(_full(z1) * _full(z2)).sum(dim=1).mean() / temperature
+    z1, z2 = _pair(z1, z2, temperature)
+    return -(z1 * z2).sum(dim=1).mean() / temperature
 
 
 def uniformity(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
@@ -79,11 +83,12 @@ def equivariance(z1: Tensor, z2: Tensor, groups: int) -> Tensor:
     >>> equivariance(torch.eye(2), torch.eye(2) @ quarter_turn.T, groups=1)
     tensor(0.)
     """
+    z1, z2 = _pair(z1, z2)
     batch = len(z1)
     if groups < 1 or batch % groups or batch < 2 * groups:
         raise CareHubError(f"{batch} images don't divide into `groups={groups}` equal groups of at least 2.")
     with torch.autocast(z1.device.type, enabled=False):
-        a, b = (_full(z).unflatten(0, (groups, -1)) for z in (z1, z2))
+        a, b = (z.unflatten(0, (groups, -1)) for z in (z1, z2))
         # j = i needs no mask: rows have unit length, so the diagonals of both Gram matrices are 1.
         return 2 * (a @ a.mT - b @ b.mT).square().sum() / batch
 
@@ -96,7 +101,9 @@ def moco(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Te
     >>> moco(torch.eye(2), torch.eye(2), torch.zeros(3, 2), temperature=0.5)  # log(1 + 3 / e^2)
     tensor(0.3408)
     """
-    queries, keys, queue = _full(queries), _full(keys.detach()), _full(queue)
+    (queries, keys), queue = _pair(queries, keys.detach(), temperature), _full(queue)
+    if queue.ndim != 2 or queue.shape[1] != queries.shape[1]:
+        raise CareHubError(f"the queue must be (K, {queries.shape[1]}), got {tuple(queue.shape)}.")
     with torch.autocast(queries.device.type, enabled=False):
         positive = (queries * keys).sum(dim=1, keepdim=True)
         logits = torch.cat([positive, queries @ queue.T], dim=1) / temperature
@@ -108,9 +115,19 @@ def _full(z: Tensor) -> Tensor:
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 
+def _pair(z1: Tensor, z2: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Both as `_full` gives them. Raises CareHubError for what no loss can be computed of."""
+    if z1.shape != z2.shape or z1.ndim != 2 or 0 in z1.shape:
+        shapes = f"{tuple(z1.shape)} and {tuple(z2.shape)}"
+        raise CareHubError(f"a loss compares two views of the same images, each (B, d), got {shapes}.")
+    if not 0 < temperature < math.inf:
+        raise CareHubError(f"`temperature` must be positive, got {temperature}.")
+    return _full(z1), _full(z2)
+
+
 def _logits(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """(2B, 2B) similarities / temperature between all views; an anchor is never compared with itself."""
-    z = torch.cat([_full(z1), _full(z2)])
+    z = torch.cat(_pair(z1, z2, temperature))
     with torch.autocast(z.device.type, enabled=False):
         logits = z @ z.T / temperature
     return logits.fill_diagonal_(float("-inf"))

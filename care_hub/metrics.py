@@ -3,7 +3,8 @@
 Shapes: `z` (N, d) embeddings f(x) of N images, `z_a` (N, d) those of the same images under one
 augmentation a, `r` (d, d) the orthogonal matrix fitted for a on other images. A mean over images
 comes as its N terms (N,), a mean over pairs as (N, N) with a diagonal that does not count:
-`weighted_mean` takes the mean, `bootstrap_interval` says how certain it is.
+`weighted_mean` takes the mean, `bootstrap_interval` says how certain it is. CareHubError where one set of
+embeddings or labels is empty or does not fit the other.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .errors import CareHubError
 
 TINY = 1e-12
 TIE = 1e-6  # cosines this near are equal but for rounding
@@ -24,7 +27,14 @@ def invariance(z: Tensor, z_a: Tensor) -> Tensor:
     >>> invariance(torch.eye(2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
     tensor([2., 2.])
     """
+    _check_alike(z, z_a)
     return (z_a - z).square().sum(dim=1)
+
+
+def _check_alike(z: Tensor, z_a: Tensor) -> None:
+    if z.shape != z_a.shape or not len(z):
+        shapes = f"{tuple(z.shape)} and {tuple(z_a.shape)}"
+        raise CareHubError(f"two values for each of the same images are compared, got shapes {shapes}.")
 
 
 def residual(z: Tensor, z_a: Tensor, r: Tensor) -> Tensor:
@@ -57,6 +67,7 @@ def gram_deviation(z: Tensor, z_a: Tensor) -> Tensor:
     tensor([[0., 1.],
             [1., 0.]])
     """
+    _check_alike(z, z_a)
     return (z_a @ z_a.T - z @ z.T).square()
 
 
@@ -99,6 +110,8 @@ def effective_rank(z: Tensor) -> float:
     >>> round(effective_rank(torch.cat([torch.eye(3), -torch.eye(3)])), 4)
     3.0
     """
+    if not len(z) or not z.isfinite().all():
+        raise CareHubError("there are no embeddings, or some are not finite numbers.")
     p = torch.linalg.svdvals(z.double() - z.double().mean(dim=0))
     p = p / p.sum().clamp(min=TINY)
     return torch.exp(-(p * p.clamp(min=TINY).log()).sum()).item()
@@ -124,6 +137,7 @@ def retrieval_ranks(queries: Tensor, candidates: Tensor) -> Tensor:
     >>> retrieval_ranks(torch.eye(2), torch.tensor([[1.0, 0.0], [2.0, 1.0]]))
     tensor([1., 1.])
     """
+    _check_alike(queries, candidates)
     similarity = F.normalize(queries, dim=1) @ F.normalize(candidates, dim=1).T
     own = similarity.diagonal()[:, None]
     nearer = (similarity > own + TIE).sum(dim=1)
@@ -155,6 +169,8 @@ def bootstrap_weights(count: int, times: int, generator: torch.Generator) -> Ten
     >>> bootstrap_weights(4, 10, torch.Generator().manual_seed(0)).sum(dim=1).unique()
     tensor([4.])
     """
+    if count < 1 or times < 0:
+        raise CareHubError(f"{count} things can't be sampled {times} times.")
     sampled = torch.randint(0, count, (times, count), generator=generator)
     counts = torch.zeros(times, count).scatter_add_(1, sampled, torch.ones(times, count))
     return torch.cat([torch.ones(1, count), counts])
@@ -188,6 +204,13 @@ def knn_scores(
     >>> knn_scores(torch.eye(2), torch.tensor([1, 0]), torch.tensor([[1.0, 0.0]]), classes=2, k=1)
     tensor([[0.0000, 7.3891]])
     """
+    _check_labels(bank, labels)
+    if k < 1 or not temperature > 0:
+        raise CareHubError(f"`k={k}` and `temperature={temperature}` must be positive.")
+    if bank.shape[1:] != queries.shape[1:] or not (bank.isfinite().all() and queries.isfinite().all()):
+        raise CareHubError("these embeddings are of different encoders, or not finite numbers.")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise CareHubError(f"labels go from 0 to {classes - 1}, these from {labels.min()} to {labels.max()}.")
     bank = F.normalize(bank.float(), dim=1)
     votes = torch.zeros(len(queries), classes, device=bank.device)
     for chunk, rows in zip(queries.split(KNN_CHUNK), votes.split(KNN_CHUNK), strict=True):
@@ -205,6 +228,8 @@ def knn_top1(
     >>> knn_top1(torch.eye(2), torch.tensor([1, 0]), torch.eye(2), torch.tensor([1, 1]), k=1)
     50.0
     """
+    _check_labels(bank, labels)
+    _check_labels(queries, truth)
     classes = int(max(labels.max(), truth.max())) + 1
     return topk_accuracy(knn_scores(bank, labels, queries, classes, k, temperature), truth, 1)
 
@@ -215,8 +240,16 @@ def topk_accuracy(scores: Tensor, labels: Tensor, k: int) -> float:
     >>> topk_accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]), k=1)
     50.0
     """
+    _check_labels(scores, labels)
+    if k < 1:
+        raise CareHubError(f"`k` must be positive, got {k}.")
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return 100 * (best == labels[:, None]).any(dim=1).float().mean().item()
+
+
+def _check_labels(rows: Tensor, labels: Tensor) -> None:
+    if labels.shape != (len(rows),) or not len(rows):
+        raise CareHubError(f"{len(rows)} images can't have labels of shape {tuple(labels.shape)}.")
 
 
 def r_squared(prediction: Tensor, truth: Tensor) -> float:
@@ -227,6 +260,7 @@ def r_squared(prediction: Tensor, truth: Tensor) -> float:
     >>> r_squared(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))
     1.0
     """
+    _check_alike(prediction, truth)
     error = (truth - prediction).square().sum()
     total = (truth - truth.mean(dim=0)).square().sum()
     return (1 - error / total.clamp(min=TINY)).item()

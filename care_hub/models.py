@@ -6,6 +6,7 @@ these stems from a config, yet both have an exact twin in plain timm (`to_plain`
 stored; `from_plain` is its inverse.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,7 +146,7 @@ def build_model(name: str, pretrained: bool = False, num_classes: int = 0, **kwa
     `pretrained`: with timm's weights. Raises CareHubError for an unknown name, with the nearest
     known one, and for what it can't be built with.
     """
-    if not timm.is_model(name):
+    if not (isinstance(name, str) and timm.is_model(name)):
         near = suggest(name, timm.list_models()) or "; care_hub.list_models() shows them"
         raise CareHubError(f"there is no model '{name}'{near}.")
     if pretrained and name.split(".", 1)[0] in SMALL:
@@ -154,8 +155,9 @@ def build_model(name: str, pretrained: bool = False, num_classes: int = 0, **kwa
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
     except Exception as error:  # of whatever kind a constructor, or the way to the weights, gives
-        options = f" with {kwargs}" if kwargs else ""
-        raise CareHubError(f"model '{name}' can't be built{options} ({error}).") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        given = f" with {kwargs}" if kwargs else ""
+        raise CareHubError(f"model '{name}' can't be built{given} ({reason}).") from error
 
 
 def build_backbone(model: str, image_size: int) -> Backbone:
@@ -163,8 +165,10 @@ def build_backbone(model: str, image_size: int) -> Backbone:
 
     Raises CareHubError for an unknown name, and where patches do not fill an image.
     """
-    known = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
-    size: dict[str, Any] = {"img_size": image_size} if known and known.fixed_input_size else {}
+    size: dict[str, Any] = {}
+    with suppress(RuntimeError):  # an unknown name or tag, of which `build_model` tells
+        if timm.get_pretrained_cfg(model, allow_unregistered=False).fixed_input_size:
+            size = {"img_size": image_size}
     backbone = build_model(model, **size).to(memory_format=torch.channels_last)
     for conv in filter(lambda module: isinstance(module, nn.Conv2d), backbone.modules()):
         if conv.in_channels < 16 and conv.kernel_size == (1, 1) != conv.stride:

@@ -34,15 +34,21 @@ def procrustes(z: Tensor, z_t: Tensor, special: bool = False) -> Tensor:
     """The orthogonal R (d, d) that minimizes sum_i |z_t_i - R z_i|^2.
 
     `z`, `z_t`: (N, d), or (..., N, d) for many problems at once; computed in float64. `special=True`
-    restricts R to proper rotations (det R = +1) by flipping the weakest singular direction.
+    restricts R to proper rotations (det R = +1) by flipping the weakest singular direction. Raises
+    CareHubError for shapes that differ, no embeddings, and values that are not finite.
     Source: Schoenemann 1966; Wahba 1965: B = sum_i z_t_i z_i^T = U S V^T, R = U V^T.
 
     >>> procrustes(torch.eye(2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])).round() + 0.0
     tensor([[ 0., -1.],
             [ 1.,  0.]], dtype=torch.float64)
     """
+    if z.shape != z_t.shape or z.ndim < 2 or not z.numel():
+        shapes = f"{tuple(z.shape)} and {tuple(z_t.shape)}"
+        raise CareHubError(f"a rotation is fitted on two sets of as many embeddings, got {shapes}.")
     chunks = zip(z.split(CHUNK, dim=-2), z_t.split(CHUNK, dim=-2), strict=True)
-    cross = sum(after.double().mT @ before.double() for before, after in chunks)
+    cross = torch.as_tensor(sum(after.double().mT @ before.double() for before, after in chunks))
+    if not cross.isfinite().all():
+        raise CareHubError("some of these embeddings are not finite numbers, or too large.")
     u, _, vh = linalg.svd(cross)
     if special:
         sign = linalg.det(u @ vh).sign()[..., None, None]
@@ -62,8 +68,8 @@ class Rotation:
     """
 
     def __init__(self, matrix: Array, encoder: str | None = None):
-        matrix = torch.as_tensor(matrix).double()
-        if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        matrix = _tensor(matrix).double()
+        if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or not matrix.numel():
             raise CareHubError(f"a rotation is a square matrix, got the shape {tuple(matrix.shape)}.")
         error = (matrix @ matrix.mT - torch.eye(matrix.shape[-1]).to(matrix)).abs().max()
         if not error < ORTHOGONAL:  # NaN is not
@@ -81,8 +87,7 @@ class Rotation:
         """The R with z_t ≈ R z in the least squares sense; `z`, `z_t` as in `procrustes`, or arrays.
 
         `special`: proper rotations only, which have fractional powers. `encoder`: whose embeddings these
-        are, an `Encoder` or its fingerprint. Raises CareHubError for shapes that differ and for values
-        that are not finite.
+        are, an `Encoder` or its fingerprint. Raises CareHubError as `procrustes` does.
 
         >>> z = torch.nn.functional.normalize(torch.arange(12.0).view(4, 3).sin())
         >>> Rotation.fit(z, z.roll(1, dims=1)).matrix.round().abs()
@@ -90,13 +95,7 @@ class Rotation:
                 [1., 0., 0.],
                 [0., 1., 0.]], dtype=torch.float64)
         """
-        z, z_t = torch.as_tensor(z), torch.as_tensor(z_t)
-        if z.shape != z_t.shape or z.ndim < 2 or not z.numel():
-            shapes = f"{tuple(z.shape)} and {tuple(z_t.shape)}"
-            raise CareHubError(f"a rotation is fitted on two sets of as many embeddings, got {shapes}.")
-        if not (z.isfinite().all() and z_t.isfinite().all()):
-            raise CareHubError("some of these embeddings are not finite numbers.")
-        return cls(procrustes(z, z_t, special), _fingerprint(encoder))
+        return cls(procrustes(_tensor(z), _tensor(z_t), special), _fingerprint(encoder))
 
     @classmethod
     def random(cls, d: int, seed: int = 0) -> "Rotation":
@@ -107,6 +106,8 @@ class Rotation:
         >>> Rotation.random(3, seed=1)
         Rotation(d=3)
         """
+        if d < 1:
+            raise CareHubError(f"a rotation has at least 1 dimension, got {d}.")
         generator = torch.Generator().manual_seed(seed)
         q, r = linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator))
         q *= r.diagonal().sign()
@@ -124,8 +125,9 @@ class Rotation:
 
     def __call__(self, z: Embeddings) -> Embeddings:
         """R z for (..., N, d) or (d,) embeddings; same type, dtype and device as `z`."""
-        if self.d != z.shape[-1]:
-            raise CareHubError(f"this rotation turns vectors of {self.d} numbers, these have {z.shape[-1]}.")
+        if z.shape[-1:] != (self.d,) or "float" not in str(z.dtype):
+            found = f"got {z.dtype} of shape {tuple(z.shape)}"
+            raise CareHubError(f"this rotation turns vectors of {self.d} floats, {found}.")
         if isinstance(z, np.ndarray):
             return z @ self.matrix.mT.cpu().numpy().astype(z.dtype)
         return z @ self.matrix.mT.to(z)
@@ -143,13 +145,16 @@ class Rotation:
     def power(self, t: float) -> "Rotation":
         """R^t, every rotation angle times t: `power(0.5)` is half the rotation.
 
-        Raises CareHubError for a fractional power of a reflection (det -1), which is not real.
+        Raises CareHubError for a fractional power of a reflection (det -1), which is not real, and for a
+        `t` that is not finite or above 2^53, whose angles nobody knows.
 
         >>> half_turn = Rotation(-torch.eye(2))
         >>> quarter_turn = half_turn.power(0.5)
         >>> torch.allclose((quarter_turn @ quarter_turn).matrix, half_turn.matrix)
         True
         """
+        if not abs(t) <= 2**53:  # NaN is not
+            raise CareHubError(f"a rotation has no power {t}.")
         if float(t).is_integer():
             power = linalg.matrix_power(self.matrix, int(t))
         elif (linalg.det(self.matrix) < 0).any():
@@ -160,8 +165,13 @@ class Rotation:
         return Rotation(_nearest_orthogonal(power), self.encoder)
 
     def residual(self, z: Array, z_t: Array) -> float:
-        """Mean |z_t - R z|^2 over (N, d) embeddings, the rotation error where R was fitted on others."""
-        z, z_t = torch.as_tensor(z), torch.as_tensor(z_t)
+        """Mean |z_t - R z|^2 over (N, d) embeddings, the rotation error where R was fitted on others.
+
+        Raises CareHubError for shapes that differ.
+        """
+        z, z_t = _tensor(z), _tensor(z_t)
+        if z.shape != z_t.shape:
+            raise CareHubError(f"these are embeddings of shapes {tuple(z.shape)} and {tuple(z_t.shape)}.")
         return (z_t.double() - self(z.double())).square().sum(dim=-1).mean().item()
 
     def check(self, encoder: HasFingerprint | str | None) -> None:
@@ -185,8 +195,18 @@ class Rotation:
             open(path, "rb").close()  # safetensors calls missing what it may not read
             with safe_open(path, "pt") as file:
                 return cls(file.get_tensor("rotation"), (file.metadata() or {}).get("encoder") or None)
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise CareHubError(f"'{path}' is not a rotation saved by care_hub ({error}).") from error
+
+
+def _tensor(values: Array) -> Tensor:
+    """A tensor as it is, an array or a list as one. Raises CareHubError for rows of unlike length."""
+    if isinstance(values, np.ndarray):  # torch takes none that is mirrored or of foreign byte order
+        values = np.asarray(values, values.dtype.newbyteorder("="), order="C")
+    try:
+        return torch.as_tensor(values)
+    except (ValueError, RuntimeError) as error:
+        raise CareHubError(f"these are no embeddings and no matrix ({error}).") from error
 
 
 def _fingerprint(encoder: HasFingerprint | str | None) -> str | None:

@@ -255,3 +255,14 @@ def test_damaged_exports_are_refused(encoder, tmp_path):
     refused("not a care_hub configuration")
     (tmp_path / "config.json").unlink()
     refused("no config.json")
+
+
+def test_only_weights_are_stored_in_half_precision(tmp_path):
+    encoder = Encoder.new("resnet18")
+    encoder.backbone.register_buffer("index", torch.arange(4096).view(2, -1))
+    stored = load_file(encoder.save_pretrained(tmp_path, torch.float16) / "model.safetensors")
+    assert (
+        torch.equal(stored["index"], encoder.backbone.index) and stored["conv1.weight"].dtype == torch.float16
+    )
+    with pytest.raises(CareHubError, match=r"can't be stored as torch\.int8"):
+        encoder.save_pretrained(tmp_path, torch.int8)

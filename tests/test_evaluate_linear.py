@@ -12,7 +12,7 @@ from care_hub.data.sources import load_splits
 from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
 from care_hub.evaluate.features import labeled
-from care_hub.evaluate.linear import PENALTIES, choose_penalty, fit_linear, fit_sgd, linear_probe
+from care_hub.evaluate.linear import PENALTIES, choose_penalty, fit_best, fit_linear, fit_sgd, linear_probe
 from care_hub.metrics import topk_accuracy
 
 
@@ -108,3 +108,13 @@ def test_shuffled_test_labels_are_noticed(tiny_run, photos):
     assert probe(encoder, train, test).metrics["top1"] > 85
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
     assert probe(encoder, train, replace(test, labels=test.labels[order])).metrics["top1"] < 75
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_few_images_make_a_probe(count):
+    """A fold may leave one image to train on."""
+    labels = torch.arange(count) % 2
+    weight, bias, _ = fit_best(torch.eye(count), labels, 2)
+    assert torch.equal((torch.eye(count) @ weight.T + bias).argmax(dim=1), labels)
+    with pytest.raises(CareHubError, match="at least 2"):
+        fit_best(torch.eye(1), labels[:1], 2)

@@ -85,6 +85,13 @@ def test_a_head_that_contradicts_itself_or_is_not_finite_is_refused(tmp_path):
             LinearHead.load(head.save(tmp_path))
 
 
+def test_a_head_is_not_saved_beside_a_damaged_config(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CareHubError, match="not a care_hub configuration"):
+        LinearHead("a", torch.ones(1, 3), torch.ones(1), ["one"], {}).save(tmp_path)
+    assert not head_files(tmp_path)
+
+
 def test_info_and_classify(export, photos, tmp_path):
     done = CliRunner().invoke(cli.main, ["info", str(export)])
     about = json.loads(done.output)

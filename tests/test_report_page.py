@@ -157,6 +157,16 @@ def in_browser(page, width: int, script: str) -> str:
     return re.search(r"<title>(.*)</title>", done.stdout).group(1)
 
 
+@pytest.mark.parametrize("rows", [b"7\n7", b'{"loss": 1}\n{}', b'{"step": "a"}\n{}', b"\xff\n{}"])
+def test_rows_that_are_none_are_refused(rows, tmp_path):
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "metrics.jsonl").write_bytes(rows)
+    assert "is no row of metrics" in report(tmp_path, "-o", tmp_path / "page.html", ok=False)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "results.json").write_bytes(rows)
+    assert "does not contain the results" in report(tmp_path, "-o", tmp_path / "page.html", ok=False)
+
+
 @pytest.mark.launches
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium at hand")
 @pytest.mark.parametrize("width", [390, 1280])

@@ -44,7 +44,7 @@ def test_what_goes_in_comes_out():
         turned = r(value)
         assert type(turned) is type(value) and turned.dtype == value.dtype and turned.shape == value.shape
         np.testing.assert_allclose(np.asarray(turned), (r.matrix @ z.T).T.numpy(), atol=1e-6)
-    with pytest.raises(CareHubError, match="8 numbers, these have 7"):
+    with pytest.raises(CareHubError, match=r"8 floats, got torch.float32 of shape \(2, 7\)"):
         r(torch.zeros(2, 7))
 
 

@@ -27,7 +27,7 @@ from care_hub.errors import CareHubError
 from care_hub.schedule import Plan
 from care_hub.training.checkpoint import load_checkpoint
 from care_hub.training.progress import Progress, start_trackers
-from care_hub.training.trainer import make_optimizer
+from care_hub.training.trainer import make_accelerator, make_optimizer
 
 
 def test_a_run_leaves_all_that_was_promised(tiny_run):
@@ -77,6 +77,11 @@ def test_training_from_python_prints_nothing_and_leaves_the_process_as_it_was(
     assert torch.equal(torch.get_rng_state(), state) and __import__("warnings").filters == filters
     assert torch.get_num_threads() == 1
     assert capsys.readouterr().out == "" and "Trained CARE-simclr on imagefolder" in caplog.text
+
+
+def test_one_process_may_train_in_one_precision_after_the_other():
+    for wanted in ("bf16", "no"):
+        assert make_accelerator(TrainConfig(mixed_precision=wanted)).mixed_precision == wanted
 
 
 def test_the_final_screen_names_the_baseline_of_this_very_run(photos, tmp_path):

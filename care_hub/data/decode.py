@@ -93,7 +93,7 @@ def _walk(top: str, suffixes: set[str], left_out: Counter[str]) -> Iterator[str]
         folder, above = folders.pop()
         try:
             status, entries = os.stat(folder), list(os.scandir(folder))
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a NUL byte in the name
             left_out["unreadable folders"] += 1
             continue
         here = (status.st_dev, status.st_ino)

@@ -45,7 +45,8 @@ def to_pixels(x: Tensor | np.ndarray, name: str = "an image") -> Tensor:
         # A copy: torch takes no array that is read-only, mirrored or of foreign byte order.
         x = torch.from_numpy(x.astype(np.uint8 if x.dtype == np.uint8 else np.float32, order="C"))
     if not isinstance(x, Tensor) or (x.dtype != torch.uint8 and not x.is_floating_point()):
-        raise CareHubError(f"{name} must be uint8, or float in [0, 1], got {x.dtype}.")
+        found = getattr(x, "dtype", type(x).__name__)
+        raise CareHubError(f"{name} must be uint8, or float in [0, 1], got {found}.")
     shape = tuple(x.shape)
     if x.ndim == 2:
         x = x[None]

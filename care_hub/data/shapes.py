@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from PIL import Image
 
+from ..errors import CareHubError
+
 if TYPE_CHECKING:
     import datasets
 
@@ -84,6 +86,8 @@ def factors(n: int, seed: int) -> Factors:
     >>> SHAPES[factors(1, seed=0)["label"][0]]
     'bar'
     """
+    if n < 0 or not 0 <= seed < 2**32:
+        raise CareHubError(f"there are no {n} shapes of seed {seed}; seeds go from 0 to 2^32 - 1.")
     u = np.random.RandomState(seed).random_sample((n, 7))
     size = 9 + 4 * u[:, 2]
     room = SIDE - 2 * size
@@ -142,6 +146,8 @@ def _render_shape(shape: str, f: Factors) -> np.ndarray:
 
 def split_factors(split: str = "train", seed: int = 0) -> Factors:
     """`factors` of the 5,000 training or 2,000 test images."""
+    if split not in SIZES:
+        raise CareHubError(f"there is no split '{split}'; choose 'train' or 'test'.")
     return factors(SIZES[split], seed * 2 + (split == "test"))
 
 

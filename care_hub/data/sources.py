@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from PIL import Image
 
-from ..config import DataConfig
+from ..config import LARGEST_IMAGE, DataConfig
 from ..errors import CareHubError, suggest
 from . import shapes
 from .decode import find_images, say_once, square_tensor
@@ -109,6 +109,10 @@ def _load(data: DataConfig, wanted: list[str], size: int | None, progress: bool)
     """Those of the `wanted` splits that exist."""
     spec = dataset_spec(data.dataset_name)
     spec = replace(spec, size=size or spec.size)
+    if not 1 <= spec.size <= LARGEST_IMAGE:
+        raise CareHubError(f"`image_size` must lie in [1, {LARGEST_IMAGE}], got {spec.size}.")
+    if odd := {*wanted} - {"train", "test"}:
+        raise CareHubError(f"there is no split '{min(odd)}'; choose 'train' or 'test'.")
     if data.dataset_name == "shapes":
         yield from (_render_shapes(split, spec.size) for split in wanted)
         return
@@ -147,7 +151,7 @@ def _read_splits(data: DataConfig, spec: DatasetSpec) -> "datasets.DatasetDict":
     if root is None and spec.hub_id is None:
         raise CareHubError(f"`dataset_name='{name}'` needs `data_root`, the folder of the class folders.")
     if root is not None:
-        if not Path(root).is_dir():
+        if not os.path.isdir(root):
             raise CareHubError(f"`data_root` '{root}' is not a folder.")
         root = os.path.abspath(root)  # libraries take ".", "parquet" or "~" for something else
     verbosity = datasets.utils.logging.get_verbosity()

@@ -52,7 +52,7 @@ def fit_ridge(features: Tensor, numbers: Tensor, penalty: float) -> tuple[Tensor
     Over standardized `features` (N, d), for `numbers` (N, k); by the normal equations, in float64.
     """
     x, y = features.double(), numbers.double()
-    mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
+    mean, std = x.mean(dim=0), x.std(dim=0).nan_to_num(1).clamp(min=1e-6)
     x = (x - mean) / std
     gram = x.T @ x / len(x) + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     weight = torch.linalg.solve(gram, x.T @ (y - y.mean(dim=0)) / len(x)).T / std

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -49,7 +50,7 @@ def record(folder: Path, kind: str, dataset: str, results: dict[str, Any]) -> No
 
 def _own_folder(source: str) -> Path | None:
     """The export folder where results on `source` are saved; None for what is not the user's to change."""
-    if not Path(source).is_dir():
+    if not os.path.isdir(source):
         return None
     folder = locate(source)
     try:
@@ -102,7 +103,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 def _target_folder(config: EvalConfig, folder: Path) -> Path:
     """Where results go, made if need be. Raises CareHubError if an encoder would be lost there."""
-    if config.output_dir is None and not Path(config.encoder).is_dir():
+    if config.output_dir is None and not os.path.isdir(config.encoder):
         raise CareHubError(f"'{config.encoder}' is not a folder of yours; results need an `output_dir`.")
     target = make_folder(config.output_dir or folder)
     there = target / "model.safetensors"
@@ -136,7 +137,7 @@ def evaluate_knn(
     accelerator = inference_accelerator()
     encoder = Encoder.from_folder(locate(source)).to(accelerator.device)
     train, test = labeled(data.dataset_name, *open_splits(encoder, data, accelerator))
-    if bank and bank < len(train):
+    if bank is not None and bank < len(train):
         train = train.take(random_subset(len(train), bank))
     x, queries = (embed_all(encoder, split.images, accelerator, "backbone") for split in (train, test))
     if not accelerator.is_main_process:
@@ -164,13 +165,15 @@ def evaluate_equivariance(
     and figures of all of them in `output`. The main process does it all, alone; the others return an
     empty dict at once. Raises CareHubError.
     """
-    if output and Path(output).exists() and not Path(output).is_dir():
+    if output and os.path.exists(output) and not os.path.isdir(output):
         raise CareHubError(f"'{output}' is not a folder.")
     accelerator = inference_accelerator()
     if not accelerator.is_main_process:
         return {}
     encoders = {name: Encoder.from_folder(locate(name)).to(accelerator.device) for name in names}
     _check_comparable(encoders)
+    if not names:
+        raise CareHubError("there is no encoder to measure; name at least one.")
     first, dataset = encoders[names[0]], data.data_label
     train, test = open_splits(first, data, accelerator)
     train = train.take(random_subset(len(train), PROBE_IMAGES))

@@ -48,8 +48,6 @@ def recorded_augmentation(config: EncoderConfig) -> AugmentationConfig:
     try:
         low, width = float(options["crop_scale"]), options["blur_kernel_size"]
         brightness, contrast, saturation, hue = map(float, options["jitter"])
-        if not 0 < low <= 1 or width not in range(1, size, 2):
-            raise ValueError(f"crop_scale {low}, blur_kernel_size {width}")
         return AugmentationConfig(
             size,
             scale=(low, 1.0),
@@ -61,15 +59,19 @@ def recorded_augmentation(config: EncoderConfig) -> AugmentationConfig:
         )
     except KeyError:
         return AugmentationConfig(size)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, CareHubError) as error:
         raise CareHubError(f"the augmentation recorded with this encoder makes no sense: {error}.") from error
 
 
 def augmentations(family: str, config: AugmentationConfig, draws: int, seed: int = 0) -> list[Augmentation]:
     """`draws` random augmentations of a family, each the same for all images, without normalization.
 
-    They depend on `seed` alone, so that encoders are compared on the same ones.
+    They depend on `seed` alone, so that encoders are compared on the same ones. Raises CareHubError for an
+    unknown family.
     """
+    if family not in FAMILIES or draws < 1:
+        known = ", ".join(FAMILIES)
+        raise CareHubError(f"there are no {draws} augmentations '{family}'; families are {known}.")
     count = 1 if family in NOT_RANDOM else draws
     if family == "rotation":
         turns = torch.rand(count, generator=seeded_generator(seed, "rotation")) * 2 - 1
@@ -98,6 +100,8 @@ def rotation_errors(z: Tensor, views: Iterable[Tensor]) -> dict[str, float]:
     weights = torch.ones(1, (len(z) + 1) // 2, dtype=z.dtype)
     mean = partial(metrics.weighted_mean, weights=weights)
     rows = [_view_metrics(z, view, fit_rotation(z, view), mean) for view in views]
+    if not rows:
+        raise CareHubError("there is no view to fit a rotation to.")
     names = ("rotation_error", "invariance_error", "rotation_invariance_ratio", "gram_deviation")
     return {name: float(sum(row[name] for row in rows) / len(rows)) for name in names}
 

@@ -56,6 +56,8 @@ def random_subset(count: int, wanted: int, seed: int = 0) -> Tensor:
     >>> random_subset(5, 2).tolist() == random_subset(5, 2).tolist()
     True
     """
+    if wanted < 1:
+        raise CareHubError(f"at least 1 image must be asked for, got {wanted}.")
     return permutation(count, seed, "images")[:wanted]
 
 

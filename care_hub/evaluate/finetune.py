@@ -76,8 +76,8 @@ def _train(
     processes, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     accumulation = accelerator.gradient_accumulation_steps  # by which `accelerator.backward` divides
     batch_size = min(BATCH_SIZE, len(subset) // accumulation) // processes * processes
-    if not batch_size:
-        few = f"{len(subset)} training images do not make {accumulation} batches"
+    if batch_size < 2:  # which a BatchNorm needs
+        few = f"{len(subset)} training images do not make {accumulation} batches of at least 2"
         raise CareHubError(f"{few} for each of {processes} processes.")
     per_epoch = len(subset) // (batch_size * accumulation)  # optimizer steps
     lr, epochs, side = config.lr or LR, config.epochs or 1, split.images.size

@@ -41,9 +41,13 @@ def fit_linear(
     """(weight (C, d), bias (C,)) that minimize mean cross-entropy + penalty * |W|^2 / 2.
 
     W acts on the standardized `features` (N, d); the standardization is folded into what is returned.
-    Convex, solved by L-BFGS in at most `steps` steps from `start` (default: zeros).
+    Convex, solved by L-BFGS in at most `steps` steps from `start` (default: zeros). Raises CareHubError for
+    features that are not finite.
     """
-    mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    if not features.isfinite().all():
+        raise CareHubError("some features are not finite numbers; the encoder's weights may be damaged.")
+    # The deviation of a single row is NaN.
+    mean, std = features.mean(dim=0), features.std(dim=0).nan_to_num(1).clamp(min=1e-6)
     x = (features - mean) / std
     weight, bias = start or (x.new_zeros(classes, x.shape[1]), x.new_zeros(classes))
     weight, bias = (weight * std).requires_grad_(), (bias + weight @ mean).requires_grad_()
@@ -62,6 +66,8 @@ def fit_linear(
 
 def validation_split(count: int, seed: int, fold: int = 0) -> tuple[Tensor, Tensor]:
     """Random indices of four fifths of `count` training images, and of the fifth number `fold`."""
+    if count < 2:
+        raise CareHubError(f"a linear probe needs at least 2 training images, got {count}.")
     order = permutation(count, seed, "validation")
     held_out = torch.arange(count) % 5 == fold
     return order[~held_out], order[held_out]
@@ -76,7 +82,7 @@ def choose_penalty(
     """
     scores = dict.fromkeys(PENALTIES, 0.0)
     solutions: dict[float, WeightAndBias] = {}
-    for fold in range(5 if len(features) < FEW else 1):
+    for fold in range(min(5, len(features)) if len(features) < FEW else 1):
         rest, held_out = (i.to(features.device) for i in validation_split(len(features), seed, fold))
         solution = None
         for penalty in PENALTIES:  # the solution of each is near that of the next

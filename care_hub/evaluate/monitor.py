@@ -70,8 +70,8 @@ def final_results(
         columns["knn_color_top1"] = "color"
     top1 = knn_monitor(config, encoder, train, test, accelerator, tuple(columns.values()))
     results = dict(zip(columns, top1, strict=True))
-    if accelerator.is_main_process:
-        images = test or train
+    images = test or train
+    if accelerator.is_main_process and len(images) > 1:  # one to fit, one to measure
         subset = images.take(random_subset(len(images), FINAL_IMAGES))
         pixels = center_crop(subset.pixels, augmentation.size)
         views = (embed_view(encoder, pixels, a) for a in augmentations("full recipe", augmentation, 16))

@@ -88,7 +88,7 @@ def check_push(repo_id: str, token: str | None = None) -> None:
 def check_name(repo_id: str) -> None:
     """Raise CareHubError if `repo_id` can't be the name of a repository."""
     try:
-        if repo_id.count("/") != 1:
+        if str(repo_id).count("/") != 1:
             raise errors.HFValidationError("it must look like org/name")
         validate_repo_id(repo_id)
     except errors.HFValidationError as error:

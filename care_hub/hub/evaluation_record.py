@@ -1,6 +1,7 @@
 """evaluation.json beside an encoder: what was measured of its very weights, by kind and data set."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def read_record(folder: Path) -> Record:
     file that may not be read, which must not be taken for an empty record and written anew.
     """
     path, weights = folder / FILE_NAME, folder / "model.safetensors"
-    if not (path.is_file() and weights.is_file()):
+    if not (os.path.isfile(path) and os.path.isfile(weights)):
         return {}
     with file_errors(path, "read"):
         content = path.read_bytes()

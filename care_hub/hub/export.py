@@ -49,20 +49,16 @@ def read_config(folder: Path) -> tuple[EncoderConfig, dict[str, Any]]:
         whole = json.loads(path.read_text(encoding="utf-8"))
         _check(whole["care"])
         return EncoderConfig.from_json(whole["care"]), whole
-    except READ_ERRORS as error:
+    except (*READ_ERRORS, CareHubError) as error:
         raise CareHubError(f"'{path}' is not a care_hub configuration ({error!r:.200}).") from error
 
 
 def _check(care: dict[str, Any]) -> None:
-    """Raise READ_ERRORS unless `care` rebuilds an encoder, and its results are numbers."""
-    mean, std, size, head = care["mean"], care["std"], care["image_size"], care.get("projection")
+    """Raise READ_ERRORS unless `care` has what an EncoderConfig takes, and its results are numbers."""
+    head = care.get("projection")
     check_numbers([care.get("weight", 0), *care.get("results", {}).values()])
     sound = {
         "model": isinstance(care["model"], str),
-        "image_size": type(size) is int and 1 <= size <= 2048,
-        "crop_pct": 0.1 <= care["crop_pct"] <= 1,
-        "mean": len(mean) == 3 and all(map(math.isfinite, mean)),
-        "std": len(std) == 3 and all(map(math.isfinite, std)) and min(std) > 0,
         "projection": head is None or set(head) == {"inputs", "hidden", "outputs", "norm"},
         **{name: isinstance(care.get(name, {}), dict) for name in ("training", "versions", "sha256")},
     }
@@ -112,8 +108,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CareHubError(f"'{path}' is missing; the export is incomplete.") from None
     except SafetensorError as error:
         raise CareHubError(f"'{path}' is not a complete safetensors file ({error}).") from error
-    except OSError as error:
-        raise CareHubError(f"'{path}' can't be read ({error.strerror or error}).") from error
+    except (OSError, ValueError) as error:
+        raise CareHubError(f"'{path}' can't be read ({getattr(error, 'strerror', error)}).") from error
     for name, tensor in state.items():
         if tensor.is_floating_point() and not math.isfinite(float(tensor.double().abs().sum())):
             raise CareHubError(f"'{path}' contains values that are not finite numbers (in {name}).")

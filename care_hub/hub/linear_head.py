@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import CareHubError
 from ..files import make_folder, write_tensors, write_text
 from .evaluation_record import check_accuracy
-from .export import READ_ERRORS, folder_lock, read_tensors, sha256
+from .export import READ_ERRORS, folder_lock, read_config, read_tensors, sha256
 
 PREFIX = "linear_head."
 Features = TypeVar("Features", Tensor, np.ndarray)
@@ -36,7 +36,10 @@ class LinearHead:
     encoder: str = ""  # sha256 of the backbone's model.safetensors
 
     def __call__(self, features: Features) -> Features:
-        """(N, d) -> logits (N, C); tensor or array, as it came."""
+        """(N, d) -> logits (N, C); tensor or array, as it came. Raises CareHubError for another d."""
+        d, shape = self.weight.shape[1], tuple(np.shape(features))
+        if shape[-1:] != (d,):
+            raise CareHubError(f"this head takes {d} features, of `space='backbone'`, got the shape {shape}.")
         if isinstance(features, np.ndarray):
             return features @ self.weight.numpy().T + self.bias.numpy()
         return features @ self.weight.to(features).T + self.bias.to(features)
@@ -49,9 +52,9 @@ class LinearHead:
         tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
         config = path.with_name("config.json")
         with folder_lock(path.parent):
+            values = read_config(path.parent)[1] if config.is_file() else None  # refused, if so, first
             write_tensors(path, tensors, metadata)
-            if config.is_file():
-                values = json.loads(config.read_text(encoding="utf-8"))
+            if values:
                 values["care"].setdefault("sha256", {})[path.name] = sha256(path)
                 write_text(config, json.dumps(values, indent=2) + "\n")
         return path

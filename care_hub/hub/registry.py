@@ -1,5 +1,6 @@
 """From a name to the folder of a pretrained encoder: in the package, registered, or on the Hub."""
 
+import os
 import warnings
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -102,7 +103,7 @@ def locate(
     `revision` and the rest are for the Hub: see `client.fetch`. Raises CareHubError where nothing
     is found, and where the weights are not those that were registered.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # false for an impossible name, where `Path.is_dir` raises
         return export_folder(source)
     name = str(source)
     download = partial(fetch, token=token, cache_dir=cache_dir, local_files_only=local_files_only)

@@ -2,6 +2,7 @@
 
 import base64
 import math
+import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -45,9 +46,9 @@ def write_page(paths: Sequence[str], output: str) -> Path:
     Raises CareHubError for what is no run and for a page that can't be written.
     """
     target = Path(output)
-    if target.is_dir():
+    if os.path.isdir(target):
         raise CareHubError(f"'{output}' is a folder; name a file for the page.")
-    if not target.absolute().parent.is_dir():
+    if not os.path.isdir(target.absolute().parent):
         raise CareHubError(f"the folder '{target.parent}' for the page does not exist.")
     folder = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=folder, autoescape=True, trim_blocks=True).get_template("page.html")

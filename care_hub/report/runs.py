@@ -1,6 +1,7 @@
 """A run folder as the page of `care-hub report` needs it."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from ..config import TrainConfig, read_yaml
 from ..errors import CareHubError
 from ..hub.card import Row, accuracies
 from ..hub.evaluation_record import read_record
-from ..hub.export import read_config
+from ..hub.export import READ_ERRORS, check_numbers, read_config
 from ..hub.linear_head import read_heads
 
 
@@ -32,10 +33,10 @@ class Run:
     @classmethod
     def read(cls, path: Path) -> "Run":
         """Raises CareHubError for what is no run folder, or has a damaged file."""
-        if not (path / "config.yaml").is_file():
+        if not os.path.isfile(path / "config.yaml"):
             raise CareHubError(f"'{path}' is not a run folder (no config.yaml there).")
         config = TrainConfig(**read_yaml(path / "config.yaml"))
-        rows, results = _read_rows(path / "metrics.jsonl"), _read_json(path / "results.json")
+        rows, results = _read_rows(path / "metrics.jsonl"), _read_results(path / "results.json")
         run = cls(path.resolve().name, path, config, rows, results)
         export = path / "export"
         if (export / "config.json").is_file():
@@ -49,6 +50,8 @@ class Run:
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     """The runs in the folders `paths`; those whose folders are named alike are called by their paths."""
     runs = [Run.read(Path(path)) for path in paths]
+    if not runs:
+        raise CareHubError("there is no run to report; name at least one run folder.")
     count = Counter(run.name for run in runs)
     for run in runs:
         run.name = str(run.path) if count[run.name] > 1 else run.name
@@ -57,21 +60,23 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     return runs
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_results(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise CareHubError(f"'{path}' is not valid JSON ({error}).") from error
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    except READ_ERRORS as error:
+        raise CareHubError(f"'{path}' does not contain the results of a run ({error!r:.200}).") from error
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl; a last line that is being written, or was cut short, is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+            check_numbers([row["step"], *row.values()])
+            rows.append(row)
+        except READ_ERRORS as error:
             if number < len(lines):
-                raise CareHubError(f"line {number} of '{path}' is not valid JSON.") from error
+                raise CareHubError(f"line {number} of '{path}' is no row of metrics.") from error
     return rows

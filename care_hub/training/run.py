@@ -50,8 +50,9 @@ def _make_folder(config: TrainConfig) -> str:
             return name
         except FileExistsError:
             continue
-        except OSError as error:
-            raise CareHubError(f"the run folder '{root / name}' can't be made ({error.strerror}).") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", error)
+            raise CareHubError(f"the run folder '{root / name}' can't be made ({reason}).") from error
     advice = "choose another `run_name`, or resume it with `resume=True`"
     raise CareHubError(f"the run folder '{root / name}' exists; {advice}.")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, send_to_device
 from timm.optim import Lars
 from torch import nn
@@ -79,6 +80,7 @@ def train(config: TrainConfig) -> dict[str, float]:
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """The process group, device and precision of this process."""
+    AcceleratorState._reset_state()  # which an evaluation in this process left, maybe in another precision
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else Accelerate does not see the processes of torchrun
         mixed_precision=precision(config.mixed_precision),
