@@ -287,7 +287,12 @@ def knn(encoder: str, **options: Any) -> None:
 @options_of(DataConfig)
 @click.option("--images", type=click.IntRange(min=4), default=2000, help="test images, half of them to fit")
 @click.option("--draws", type=AT_LEAST_1, default=16, help="augmentations of each family")
-@click.option("--seed", type=int, default=0, help="seed of the augmentations and of the bootstrap")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    help="seed of the augmentations and of the bootstrap",
+)
 @click.option("-o", "--output", type=PATH, help="a folder for equivariance.json and figures of all encoders")
 def equivariance(encoders: tuple[str, ...], **options: Any) -> None:
     """How far augmentations act as rotations on the embeddings of ENCODERS; saved in their cards."""
@@ -367,12 +372,14 @@ def _entry_line(entry: Any) -> str:
 def info(source: str, revision: str | None) -> None:
     """Say what the encoder SOURCE (a folder, a registry name or a Hub id) is and how good; as JSON."""
     from .hub.evaluation_record import read_record
-    from .hub.export import read_config
+    from .hub.export import check_sums, read_config, read_tensors
     from .hub.linear_head import read_heads
     from .hub.registry import locate
 
     folder = locate(source, revision=revision)
     config, stored = read_config(folder)
+    check_sums(folder, config.sha256)
+    read_tensors(folder / "model.safetensors")
     about = {key: stored[key] for key in ("architecture", "num_features")}
     about |= {k: v for k, v in config.to_json().items() if k != "training"}
     about["accuracy"] = read_record(folder).get("accuracy", {})

@@ -192,7 +192,7 @@ class TrainConfig(DataConfig):
             "batch_size gradient_accumulation epochs equiv_splits temperature projection_dim "
             "projection_hidden knn_bank max_steps checkpoint_every image_size log_freq "
             "equivariant_batch_size blur_kernel_size",
-            at_least_0="weight lr momentum weight_decay warmup_epochs weight_warmup_epochs knn_every",
+            at_least_0="seed weight lr weight_decay warmup_epochs weight_warmup_epochs knn_every",
         )
         if self.blur_kernel_size % 2 == 0:
             raise CareHubError(f"`blur_kernel_size` must be odd, got {self.blur_kernel_size}.")
@@ -200,7 +200,10 @@ class TrainConfig(DataConfig):
             raise CareHubError("`resume` needs `run_name`, the name of the run to resume.")
         if self.weight == 0 and self.loss_subtype == "none":
             raise CareHubError("`loss_subtype='none'` with `weight=0` leaves no loss at all; change one.")
-        for name in ("momentum_encoder", "jitter_p", "grayscale", "blur"):
+        name = self.run_name or "run"
+        if self.run_name == "" or os.path.normpath(name) != name or name.startswith(("/", "..")):
+            raise CareHubError(f"`run_name` must be the name of a folder, got '{self.run_name}'.")
+        for name in ("momentum", "momentum_encoder", "jitter_p", "grayscale", "blur"):
             if not 0 <= getattr(self, name) <= 1:
                 raise CareHubError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
         if not 0 < self.crop_scale <= 1:
@@ -309,7 +312,7 @@ class EvalConfig(DataConfig):
             raise CareHubError("`encoder` is missing.")
         if self.epochs is None:
             self.epochs = {"sgd": 100, "finetune": 10}.get(self.protocol, 1)
-        check_numbers(self, positive="epochs seeds lr", at_least_0="augmented_copies")
+        check_numbers(self, positive="epochs seeds lr", at_least_0="augmented_copies seed")
         if not 0 < self.label_fraction <= 1:
             raise CareHubError(f"`label_fraction` must lie in (0, 1], got {self.label_fraction}.")
         if self.augmented_copies and self.protocol != "sgd":

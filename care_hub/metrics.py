@@ -7,6 +7,7 @@ comes as its N terms (N,), a mean over pairs as (N, N) with a diagonal that does
 embeddings or labels is empty or does not fit the other.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -205,8 +206,8 @@ def knn_scores(
     tensor([[0.0000, 7.3891]])
     """
     _check_labels(bank, labels)
-    if k < 1 or not temperature > 0:
-        raise CareHubError(f"`k={k}` and `temperature={temperature}` must be positive.")
+    if k < 1 or not 0 < temperature < math.inf:
+        raise CareHubError(f"`k={k}` and `temperature={temperature}` must be positive and finite.")
     if bank.shape[1:] != queries.shape[1:] or not (bank.isfinite().all() and queries.isfinite().all()):
         raise CareHubError("these embeddings are of different encoders, or not finite numbers.")
     if labels.min() < 0 or labels.max() >= classes:

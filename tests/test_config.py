@@ -67,7 +67,7 @@ def test_paths_and_names_of_this_machine_are_not_published():
         ({"grayscale": 1.5}, "`grayscale` must lie in [0, 1], got 1.5."),
         ({"crop_scale": 0}, "`crop_scale` must lie in (0, 1]"),
         ({"jitter": [0.1, 0.1, -0.1, 0.1]}, "`jitter` can't be negative"),
-        ({"momentum": -0.9}, "`momentum` can't be negative"),
+        ({"momentum": -0.9}, "`momentum` must lie in [0, 1]"),
         ({"dataset_name": ""}, "`dataset_name` is missing."),
     ],
 )

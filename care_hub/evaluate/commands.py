@@ -165,11 +165,10 @@ def evaluate_equivariance(
     and figures of all of them in `output`. The main process does it all, alone; the others return an
     empty dict at once. Raises CareHubError.
     """
-    if output and os.path.exists(output) and not os.path.isdir(output):
-        raise CareHubError(f"'{output}' is not a folder.")
     accelerator = inference_accelerator()
     if not accelerator.is_main_process:
         return {}
+    target = make_folder(output) if output else None
     encoders = {name: Encoder.from_folder(locate(name)).to(accelerator.device) for name in names}
     _check_comparable(encoders)
     if not names:
@@ -195,12 +194,11 @@ def evaluate_equivariance(
         if folder := _own_folder(name):
             plot_geometry({name: results[name]}, folder / f"equivariance.{dataset.replace('/', '--')}.png")
             record(folder, "equivariance", dataset, results[name])
-    if output:
-        folder = make_folder(output)
+    if target:
         text = json.dumps({"dataset": dataset, "encoders": results}, indent=2)
-        write_text(folder / "equivariance.json", text + "\n")
-        plot_geometry(results, folder / "equivariance.png")
-        plot_neighbors(encoders, test, folder / "neighbors.png")
+        write_text(target / "equivariance.json", text + "\n")
+        plot_geometry(results, target / "equivariance.png")
+        plot_neighbors(encoders, test, target / "neighbors.png")
     return results
 
 

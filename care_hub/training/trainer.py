@@ -24,7 +24,7 @@ from ..distributed import from_main, global_batch_norm, launched_accumulation
 from ..encoder import Encoder
 from ..errors import CareHubError
 from ..evaluate.monitor import final_results, knn_monitor
-from ..hub.client import check_push
+from ..hub.client import check_name, check_push
 from ..schedule import Plan, lr_at, weight_at
 from . import run, summary
 from .batches import make_views, training_augmentation, training_batches
@@ -90,8 +90,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation),
     )
     config.check_processes(accelerator.num_processes)
-    if config.push_to_hub and accelerator.is_main_process and not config.dry_run:
-        check_push(config.push_to_hub)
+    if config.push_to_hub and accelerator.is_main_process:
+        (check_name if config.dry_run else check_push)(config.push_to_hub)
     return accelerator
 
 
