@@ -1,12 +1,13 @@
 """A run is the same run on any number of processes, for SimCLR, CARE-SimCLR, MoCo and CARE-MoCo."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from four_methods import METHODS, free_port
+from four_methods import METHODS, free_port, views, weight_difference
 from helpers import ROOT, TORCHRUN, metrics, run
 from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d
@@ -42,11 +43,17 @@ def agree_to_1e_8(expected, found, steps):
 
 @pytest.fixture(scope="module")
 def runs(photos, tmp_path_factory):
-    """What 1, 2 and 4 processes have trained: `runs / "2" / "float64:20" / "simclr"` and so on."""
+    """What 1, 2 and 4 processes have trained: `runs / "2" / "float64:20" / "simclr"` and so on.
+
+    1 and 4 have also resumed, as "float64:20:resumed", what 2 had saved after 13 steps.
+    """
     root = tmp_path_factory.mktemp("runs")
     both = "float64:20,float32:4,float32:1"
-    run("python", WORKER, root, photos, "4=float64:20", f"1={both}")
     run(*TORCHRUN, WORKER, root / "2", photos, both)
+    for processes in ("1", "4"):
+        to = root / processes / "float64:20:resumed"
+        shutil.copytree(root / "2" / "float64:20", to, ignore=shutil.ignore_patterns("step-00000020"))
+    run("python", WORKER, root, photos, "4=float64:20,float64:20:resumed", f"1={both},float64:20:resumed")
     return root
 
 
@@ -58,6 +65,17 @@ def test_in_float64_twenty_steps_of_two_processes_agree_to_1e_8(runs):
 @pytest.mark.launches
 def test_in_float64_twenty_steps_of_four_processes_agree_to_1e_8(runs):
     agree_to_1e_8(runs / "1" / "float64:20", runs / "4" / "float64:20", 20)
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize("processes", [1, 4])
+def test_another_number_of_processes_resumes_the_same_run(runs, processes):
+    for name in METHODS:
+        expected = runs / "2" / "float64:20" / name
+        found = runs / str(processes) / "float64:20:resumed" / name
+        assert weight_difference(expected, found, 20) <= 1e-8
+        seen = views(expected, 2)
+        assert views(found, processes) == seen[len(seen) * 13 // 20 :]
 
 
 @pytest.mark.launches

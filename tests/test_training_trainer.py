@@ -25,8 +25,9 @@ from care_hub.config import TrainConfig
 from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
 from care_hub.schedule import Plan
-from care_hub.training.checkpoint import load_checkpoint
+from care_hub.training.checkpoint import CheckpointWriter, load_checkpoint
 from care_hub.training.progress import Progress, start_trackers
+from care_hub.training.run import conditions, restore
 from care_hub.training.trainer import make_accelerator, make_optimizer
 
 
@@ -163,6 +164,35 @@ def test_killed_at_any_moment_a_resumed_run_equals_one_that_was_never_stopped(tm
     half.write_bytes(half.read_bytes()[:1000])
     with pytest.raises(CareHubError, match="step-00000008' is damaged"):
         load_checkpoint(killed / "checkpoints")
+
+
+def test_a_network_with_dropout_is_resumed_to_the_bit(photos, tmp_path):
+    flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32", "--max-steps", "3")
+    flags += ("--model", "repghostnet_050", "--checkpoint-every", "2", "--run-name", "r")
+    train_here(tmp_path, *flags)
+    shutil.copytree(tmp_path / "r", tmp_path / "again" / "r", ignore=shutil.ignore_patterns("step-00000003"))
+    assert "resumed with" not in train_here(tmp_path / "again", *flags, "--resume")
+    whole, resumed = (tmp_path / place / "r" / "export" / "model.safetensors" for place in ("", "again"))
+    assert whole.read_bytes() == resumed.read_bytes()
+
+
+def test_a_resume_says_what_has_changed_around_it(tmp_path, caplog):
+    def on(processes):
+        device, unwrap = torch.device("cpu"), lambda method: method
+        others = {"is_main_process": True, "mixed_precision": "no", "scaler": None}
+        return SimpleNamespace(num_processes=processes, device=device, unwrap_model=unwrap, **others)
+
+    method = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(method.parameters())
+    writer = CheckpointWriter(tmp_path / "checkpoints")
+    extra = {"seconds": 1.5, "scaler": None} | conditions(on(2))
+    assert {"processes", "threads", "torch"} < extra.keys()
+    writer.save(3, method.state_dict(), optimizer.state_dict(), extra)
+    writer.wait()
+    with caplog.at_level(logging.INFO, "care_hub"):
+        assert restore(tmp_path, method, optimizer, on(2)) == (3, 1.5) and not caplog.text
+        restore(tmp_path, method, optimizer, on(4))
+    assert "resumed with processes 2 -> 4: the same run up to rounding" in caplog.text
 
 
 @pytest.mark.launches

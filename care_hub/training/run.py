@@ -19,7 +19,7 @@ from ..config import TrainConfig, plain_values, to_yaml
 from ..data.images import Images
 from ..distributed import from_main
 from ..encoder import Encoder
-from ..errors import CareHubError
+from ..errors import CareHubError, printable
 from ..files import write_text
 from ..hub.card import write_card
 from ..hub.export import fill
@@ -62,7 +62,8 @@ def restore(
 ) -> tuple[int, float]:
     """Weights, optimizer and position of the newest checkpoint -> (step, seconds trained).
 
-    All else follows from the seed. Raises CareHubError for a damaged checkpoint or another model's.
+    All else follows from the seed. Logs the `conditions` that have changed. Raises CareHubError for a damaged
+    checkpoint or another model's.
     """
     model, state, extra = load_checkpoint(run / "checkpoints")
     fill(accelerator.unwrap_model(method), model, complete_checkpoints(run / "checkpoints")[-1])
@@ -74,7 +75,23 @@ def restore(
                 saved[name] = torch.empty_like(parameter).copy_(value)
     if accelerator.scaler and extra["scaler"]:
         accelerator.scaler.load_state_dict(extra["scaler"])
+    now = conditions(accelerator)
+    changed = [name for name in now if extra.get(name, now[name]) != now[name]]  # version 0.1.0 wrote none
+    if changed and accelerator.is_main_process:
+        text = printable(", ".join(f"{name} {extra[name]} -> {now[name]}" for name in changed))
+        logger.info("resumed with %s: the same run up to rounding, not to the bit", text)
     return extra["step"], extra["seconds"]
+
+
+def conditions(accelerator: Accelerator) -> dict[str, int | str]:
+    """What the rounding of a run depends on beside its options."""
+    return {
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": accelerator.device.type,
+        "precision": accelerator.mixed_precision,
+    }
 
 
 def rehearse(encoder: Encoder, images: int) -> None:

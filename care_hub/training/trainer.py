@@ -16,7 +16,7 @@ from accelerate.utils import GradientAccumulationPlugin, send_to_device
 from timm.optim import Lars
 from torch import nn
 
-from ..augment import AugmentationConfig
+from ..augment import AugmentationConfig, seeded_generator
 from ..config import TrainConfig
 from ..data.images import Images, InMemoryImages
 from ..data.sources import load_splits
@@ -194,6 +194,7 @@ def fit(setup: Setup, session: Session) -> int:
                 views = make_views(batch, config, setup.augmentation, number, rank, processes)
                 # Gradients are averaged over processes once a step, during the last backward pass.
                 last = micro == config.gradient_accumulation - 1
+                torch.manual_seed(seeded_generator(config.seed, "dropout", number, rank).initial_seed())
                 with nullcontext() if last else accelerator.no_sync(method):
                     losses = method(*views)  # embeddings are gathered: all processes take part
                     accelerator.backward(losses["loss"])  # which divides by the number of micro-batches
@@ -230,7 +231,7 @@ def save_checkpoint(setup: Setup, session: Session, done: int) -> None:
     accelerator = setup.accelerator
     if accelerator.is_main_process:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-        extra = {"seconds": session.progress.seconds, "scaler": scaler}
+        extra = {"seconds": session.progress.seconds, "scaler": scaler} | run.conditions(accelerator)
         model = accelerator.unwrap_model(session.method).state_dict()
         session.writer.save(done, model, session.optimizer.state_dict(), extra)
 
