@@ -11,22 +11,23 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress, islice
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from .data.decode import list_images
-from .distributed import inference_accelerator
+from .distributed import from_main, inference_accelerator
 from .encoder import Encoder
 from .errors import CareHubError, printable
-from .files import make_folder
+from .files import file_errors, make_folder
+from .hub.export import folder_lock
 from .hub.registry import locate
 
 PART = 4096  # images
@@ -42,8 +43,8 @@ def embed_folder(
 
     The suffix of `output` (.parquet, .safetensors or .npy) is its format. The same call resumes one that was
     interrupted; parts with images that have changed in between are made again. Raises CareHubError for an
-    output that can't be written, and for a broken image (unless `skip_broken_images`: it is named and left
-    out).
+    output that can't be written or that another call is writing, for images that change meanwhile, and for a
+    broken image (unless `skip_broken_images`: it is named and left out).
     """
     path = Path(output)
     if path.suffix not in WRITERS:
@@ -57,25 +58,32 @@ def embed_folder(
     main, rank, processes = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     folder = path.with_name(f"{path.name}.parts")
     rows = [slice(start, start + PART) for start in range(0, len(names), PART)]
-    # The main process says for all which images there are: one of them may change at this moment.
-    keys = [part_key(files[own], names[own], about) for own in rows] if main else None
-    [keys] = broadcast_object_list([keys])
-    parts = [Part(folder / f"{key}.npy", files[own], names[own]) for key, own in zip(keys, rows, strict=True)]
-    embeddings = PartialEmbeddings(folder, about, parts)
+    lock = ExitStack()  # held by the main process
+
+    def claim() -> list[str]:
+        lock.enter_context(folder_lock(make_folder(folder), wait=False))
+        return [part_key(files[own], names[own], about) for own in rows]
+
     try:
-        make_folder(folder)
-        if main and (resumed := embeddings.resumed()):
-            logger.info(resumed)
-        mine = [part for part in parts[rank::processes] if not part.path.is_file()]
-        todo = [file for part in mine for file in part.files]
-        broken = partial(logger.warning, "left out: %s") if skip_broken_images else None
-        stream = loaded.stream(todo, batch_size, space, broken=broken)
-        title = "embedding" if processes == 1 else f"embedding, process 1 of {processes}"
-        # Shown by the main process, on a terminal.
-        with tqdm(total=len(todo), unit="image", desc=title, disable=None if main else True) as bar:
-            embeddings.save(mine, stream, bar)
-        accelerator.wait_for_everyone()
-        return embeddings.join(path) if main else ""
+        with lock:
+            keys = from_main(claim)  # said for all processes: an image may change at this moment
+            parts = [
+                Part(folder / f"{key}.npy", files[own], names[own])
+                for key, own in zip(keys, rows, strict=True)
+            ]
+            embeddings = PartialEmbeddings(folder, about, parts)
+            if (resumed := from_main(lambda: embeddings.resume(skip_broken_images))) and main:
+                logger.info(resumed)
+            mine = [part for part in parts[rank::processes] if not part.path.is_file()]
+            todo = [file for part in mine for file in part.files]
+            broken = partial(logger.warning, "left out: %s") if skip_broken_images else None
+            stream = loaded.stream(todo, batch_size, space, broken=broken)
+            title = "embedding" if processes == 1 else f"embedding, process 1 of {processes}"
+            # Shown by the main process, on a terminal.
+            with tqdm(total=len(todo), unit="image", desc=title, disable=None if main else True) as bar:
+                embeddings.save(mine, stream, bar)
+            accelerator.wait_for_everyone()
+            return embeddings.join(path) if main else ""
     except OSError as error:
         advice = "once that is mended, the same command resumes"
         raise CareHubError(f"'{output}' can't be written ({error.strerror or error}); {advice}.") from error
@@ -148,8 +156,18 @@ class PartialEmbeddings:
     about: dict[str, str]  # metadata of the finished file
     parts: list[Part]
 
-    def resumed(self) -> str:
-        """What is there of a call that was interrupted, in a sentence; empty if there is nothing."""
+    def resume(self, skip_broken_images: bool) -> str:
+        """What is there of a call that was interrupted, in a sentence; empty if there is nothing.
+
+        Removes what can't be gone on with: a file half written, and unless `skip_broken_images` parts that
+        leave images out. Raises CareHubError for a damaged part.
+        """
+        with file_errors(self.folder, "read"):
+            for half in self.folder.glob("writing-*"):
+                half.unlink()
+            for part in self.parts:
+                if part.path.is_file() and np.isnan(part.read()).any() and not skip_broken_images:
+                    part.path.unlink()
         found, count = set(self.folder.glob("*.npy")), sum(len(part.names) for part in self.parts)
         sentences = []
         if there := sum(len(part.names) for part in self.parts if part.path in found):
@@ -161,29 +179,43 @@ class PartialEmbeddings:
         return " ".join(sentences)
 
     def save(self, parts: list[Part], stream: Arrays, bar: tqdm) -> None:
-        """Write `parts` from the batches of `stream`, whatever their length, each whole or not at all."""
+        """Write `parts` from the batches of `stream`, whatever their length, each whole or not at all.
+
+        Raises CareHubError where an image has changed meanwhile: what was embedded may be neither.
+        """
         waiting: list[np.ndarray] = []
-        for part in parts:
+        before = [part_key(part.files, part.names, self.about) for part in parts]
+        for part, key in zip(parts, before, strict=True):
             size = len(part.names)
             while sum(map(len, waiting)) < size:
                 waiting.append(next(stream))
                 bar.update(len(waiting[-1]))
             z = np.concatenate(waiting)
             waiting = [z[size:]]
-            with self._whole(part.path) as temporary, open(temporary, "wb") as file:
-                np.save(file, z[:size], allow_pickle=False)
+            if part_key(part.files, part.names, self.about) != key:
+                some = f"among those from '{part.names[0]}' to '{part.names[-1]}'"
+                raise CareHubError(f"images {some} changed meanwhile; the same command embeds them again.")
+            with self._whole(part.path) as temporary:
+                _write_npy(temporary, part.names, z.shape[1], iter([z[:size]]), self.about)
 
     def join(self, path: Path) -> str:
-        """Write all parts as the file `path` and remove their folder; says what was written."""
+        """Write all parts as the file `path` and remove their folder; says what was written.
+
+        Raises CareHubError where no image could be decoded.
+        """
         good = [~np.isnan(part.read()[:, 0]) for part in self.parts]
         names = [
             name for part, rows in zip(self.parts, good, strict=True) for name in compress(part.names, rows)
         ]
+        if not names:
+            raise CareHubError("none of the images can be decoded; nothing was written.")
         dim = self.parts[0].read().shape[1]
         arrays = (part.read()[rows] for part, rows in zip(self.parts, good, strict=True))
         with self._whole(path) as temporary:
             WRITERS[path.suffix](temporary, names, dim, arrays, self.about)
-        shutil.rmtree(self.folder)
+        for file in self.folder.glob("*.npy"):
+            file.unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)  # with its lock: another call may have come in
         broken = sum(map(len, good)) - len(names)
         left_out = f", {broken:,} broken images left out" if broken else ""
         return printable(f"{len(names):,} embeddings of {dim} numbers in {path}{left_out}")
@@ -191,7 +223,7 @@ class PartialEmbeddings:
     @contextmanager
     def _whole(self, path: Path) -> Iterator[Path]:
         """A file of this process to write, which becomes `path` unless something fails."""
-        temporary = self.folder / f"writing-{os.getpid()}"
+        temporary = self.folder / f"writing-{uuid4().hex}"  # other machines may have the same process ids
         try:
             yield temporary
             os.replace(temporary, path)
@@ -226,16 +258,11 @@ def _write_safetensors(path: Path, names: list[str], dim: int, arrays: Arrays, a
 
 def _write_npy(path: Path, names: list[str], dim: int, arrays: Arrays, about: dict[str, str]) -> None:
     """Numbers alone: the format has no place for `names` and `about`."""
-    table = np.lib.format.open_memmap(path, "w+", np.dtype("<f4"), (len(names), dim))
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            # OSError if the disk has no room for the (sparse) file: the memory map would end the process.
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    start = 0
-    for z in arrays:
-        table[start : start + len(z)] = z
-        start += len(z)
-    table.flush()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(names), dim)}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for z in arrays:
+            file.write(z.astype("<f4").tobytes())
 
 
 Writer = Callable[[Path, list[str], int, Arrays, dict[str, str]], None]

@@ -20,7 +20,7 @@ from . import augment
 from .config import EncoderConfig, ProjectionConfig
 from .data.inputs import Transform, as_items, decode_batches
 from .errors import CareHubError
-from .files import make_folder, write_tensors, write_text
+from .files import make_folder, write_text
 from .hub import export
 from .hub.push import push_folder
 from .hub.registry import locate
@@ -220,7 +220,7 @@ class Encoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write config.json, model.safetensors (backbone, plain timm) and projection.safetensors
-        (if there is a head).
+        (if there is a head). Interrupted whenever, it leaves the encoder that was there or this one.
 
         `dtype` torch.float16 halves the files: kernels and matrices are rounded to it, vectors are not.
         Raises CareHubError for a `dtype` of whole numbers, and where nothing can be written.
@@ -239,11 +239,14 @@ class Encoder(nn.Module):
         files = {"model.safetensors": to_plain(backbone, stem) if stem else backbone}
         if self.projection is not None:
             files["projection.safetensors"] = stored(self.projection)
-        for name, tensors in files.items():
-            write_tensors(folder / name, tensors)
-        care = replace(self.config, sha256={name: export.sha256(folder / name) for name in files})
-        config = timm_config(care, self.backbone) | {"care": care.to_json()}
-        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        with export.folder_lock(folder):
+            sums = {name: export.write_pending(folder, tensors) for name, tensors in files.items()}
+            care = replace(self.config, sha256=sums)
+            config = timm_config(care, self.backbone) | {"care": care.to_json()}
+            write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            export.settle(folder, sums)
+            if self.projection is None:
+                (folder / "projection.safetensors").unlink(missing_ok=True)
         return folder
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -278,7 +281,8 @@ class Encoder(nn.Module):
         export.check_sums(folder, config.sha256)
         state = export.read_tensors(folder / "model.safetensors")
         head_file = folder / "projection.safetensors"
-        head = export.read_tensors(head_file) if head_file.is_file() else None
+        named = config.projection or head_file.name in config.sha256  # else of an encoder there before
+        head = export.read_tensors(head_file) if named and head_file.is_file() else None
         if head is None:
             config = replace(config, projection=None)
         elif config.projection != (found := export.projection_of(head)):

@@ -1,12 +1,13 @@
 """What tests share: run a command as a user would, in a process of its own or in this one."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,36 @@ def eval_linear(encoder, *flags, ok: bool = True) -> dict | str:
     done = CliRunner().invoke(cli.eval_linear, [str(w) for w in ("--encoder", encoder, *flags)])
     assert (done.exit_code == 0) == ok and "Traceback" not in done.output, done.output
     return json.loads(done.stdout.splitlines()[-1]) if ok else done.output
+
+
+class Killed(BaseException):
+    """What no code catches, as none catches SIGKILL."""
+
+
+def killed_at_each_rename(write: Callable[[], object], monkeypatch) -> Iterator[int]:
+    """Call `write` until it comes to its end: it is killed at its first rename, the next time at its second.
+
+    Gives the number of renames that were done, after each call.
+    """
+    rename, killed = os.replace, True
+    for allowed in itertools.count():
+        left = iter(range(allowed))
+
+        def counted(source, target, left=left):
+            if next(left, None) is None:
+                raise Killed
+            rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counted)
+            try:
+                write()
+                killed = False
+            except Killed:
+                pass
+        yield allowed
+        if not killed:
+            return
 
 
 def metrics(run_folder: Path) -> list[dict]:

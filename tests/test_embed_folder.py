@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import TORCHRUN, care_hub_command, run
+from helpers import TORCHRUN, care_hub_command, killed_at_each_rename, run
 from safetensors import safe_open
 
 import care_hub
@@ -20,6 +21,7 @@ from care_hub import embed_folder
 from care_hub.data import inputs
 from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
+from care_hub.hub.export import folder_lock
 
 SUFFIXES = ("parquet", "safetensors", "npy")
 
@@ -168,15 +170,75 @@ def test_user_errors_end_in_one_sentence(change, sentence, tiny_run, photos, tmp
 
 
 def test_an_output_without_room_is_a_user_error_too(tiny_run, photos, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    """A file as large as it may be ends as a full disk does, in the first part or, larger, the output."""
+    monkeypatch.setattr(embed_folder, "PART", 4)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for suffix in SUFFIXES:
+        words = (photos / "test", "--encoder", tiny_run, "-o", tmp_path / f"out.{suffix}")
+        for limit in (300, 800):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            try:
+                said = embed(*words, ok=False)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            assert "can't be written (File too large); once that is mended, the same" in said
+            assert not (tmp_path / f"out.{suffix}").exists()
+        assert "16 of 16 images were embedded before." in embed(*words)
+    assert {p.name for p in tmp_path.iterdir()} == {f"out.{suffix}" for suffix in SUFFIXES}
 
-    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_whenever_it_is_killed_the_rows_are_those_of_an_uninterrupted_call(
+    suffix, tiny_run, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(embed_folder, "PART", 8)
+    words = (str(photos / "test"), str(tiny_run), str(tmp_path / f"out.{suffix}"), "projection", 4, False)
+    written = []
+    for _ in killed_at_each_rename(lambda: embed_folder.embed_folder(*words), monkeypatch):
+        written.append((tmp_path / f"out.{suffix}").exists())
+    assert written == [False, False, True]  # the third call had but the second part to make
+    resumed = (tmp_path / f"out.{suffix}").read_bytes()
+    embed_folder.embed_folder(*words)
+    assert (tmp_path / f"out.{suffix}").read_bytes() == resumed
+
+
+def test_two_calls_at_once_for_one_output_are_refused(tiny_run, photos, tmp_path):
     words = (photos / "test", "--encoder", tiny_run, "-o", tmp_path / "out.npy")
-    assert "can't be written (No space left on device)" in embed(*words, ok=False)
-    monkeypatch.undo()
+    parts = tmp_path / "out.npy.parts"
+    parts.mkdir()
+    with folder_lock(parts):
+        assert f"nother process is writing '{parts}'" in embed(*words, ok=False)
     embed(*words)
-    assert [p.name for p in tmp_path.iterdir()] == ["out.npy"]
+
+
+def test_an_image_that_changes_while_it_is_embedded(tiny_run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed_folder, "PART", 4)
+    folder = shutil.copytree(photos / "test" / "cold", tmp_path / "images")
+    words = (folder, "--encoder", tiny_run, "-o", tmp_path / "out.npy", "--batch-size", 4)
+    originals, embedded = {path: path.read_bytes() for path in sorted(folder.iterdir())}, Encoder.embed
+
+    def changed(self, x, *rest):
+        list(originals)[5].write_bytes(b"half")
+        return embedded(self, x, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "embed", changed)
+        said = embed(*words, "--skip-broken-images", ok=False)
+    assert "among those from '04.png' to '07.png' changed meanwhile" in said
+    list(originals)[5].write_bytes(originals[list(originals)[5]])
+    embed(*words)
+    expected = care_hub.load_encoder(tiny_run).encode(folder)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
+
+
+def test_what_an_interrupted_call_left_out_is_left_out_by_no_other(tiny_run, photos, tmp_path, monkeypatch):
+    folder, output = shutil.copytree(photos / "test" / "cold", tmp_path / "images"), tmp_path / "out.npy"
+    (folder / "03.png").write_bytes(b"broken")
+    words = (folder, "--encoder", tiny_run, "-o", output)
+    with monkeypatch.context() as patch:
+        patch.setattr(embed_folder.PartialEmbeddings, "join", lambda *_: "")
+        embed(*words, "--skip-broken-images")
+    assert "03.png" in embed(*words, ok=False) and not output.exists()
 
 
 @pytest.mark.parametrize("change", ["size", "time", "added", "removed", "renamed", "encoder"])

@@ -1,13 +1,15 @@
 """Encoders take what people have, give what the contract says, and leave as folders that plain timm loads."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import timm
 import torch
-from helpers import randomized
+from helpers import killed_at_each_rename, randomized, visible
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -222,6 +224,30 @@ def test_without_a_projection_head_only_backbone_features(encoder, images, tmp_p
     )
     with pytest.raises(CareHubError, match="projection"):
         loaded.encode(images)
+
+
+@pytest.mark.parametrize("heads", [(32, 32), (32, None), (None, 32)])
+def test_an_export_that_is_replaced_is_the_old_or_the_new_whenever_that_is_interrupted(
+    heads, images, tmp_path, monkeypatch
+):
+    """config.json decides: the rest is at hand, and takes its place at the latest when it is loaded."""
+    encoders = []
+    for seed, (hidden, size) in enumerate(zip(heads, (32, 40), strict=True)):
+        encoder = randomized(Encoder.new("resnet10_w16_small", image_size=size, hidden=hidden or 8), seed)
+        if not hidden:
+            encoder.config, encoder.projection = replace(encoder.config, projection=None), None
+        encoders.append(encoder)
+    old, new = (encoder.fingerprint for encoder in encoders)
+    encoders[0].save_pretrained(tmp_path)
+    found = []
+    for _ in killed_at_each_rename(lambda: encoders[1].save_pretrained(tmp_path), monkeypatch):
+        plain = shutil.copytree(tmp_path, tmp_path / "copy")
+        found.append(load_encoder(plain).fingerprint)
+        assert not list(plain.glob(".pending*"))
+        shutil.rmtree(plain)
+    assert found == sorted(found, key=[old, new].index) and set(found) == {old, new}
+    names = {"config.json", "model.safetensors"} | ({"projection.safetensors"} if heads[1] else set())
+    assert visible(tmp_path).keys() == names
 
 
 def test_damaged_exports_are_refused(encoder, tmp_path):

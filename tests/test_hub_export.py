@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import ROOT, edited, visible, with_weights
+from helpers import ROOT, edited, killed_at_each_rename, visible, with_weights
 from safetensors.torch import save
 
 import care_hub
@@ -13,7 +13,9 @@ from care_hub.config import ProjectionConfig
 from care_hub.errors import CareHubError
 from care_hub.hub.export import (
     check_sums,
+    copy_export,
     export_folder,
+    folder_lock,
     projection_of,
     read_config,
     read_tensors,
@@ -155,6 +157,24 @@ def test_a_damaged_file_is_told_from_a_missing_one(export):
         file.write(b"x")
     with pytest.raises(CareHubError, match=r"projection.safetensors' is damaged"):
         check_sums(export, sums)
+
+
+def test_a_copy_is_whole_once_it_is_an_export_and_leaves_what_is_there(export, tmp_path, monkeypatch):
+    target = tmp_path / "copy"
+    target.mkdir()
+    (target / "evaluation.json").write_text("other results")
+    for _ in killed_at_each_rename(lambda: copy_export(export, target), monkeypatch):
+        if (target / "config.json").exists():
+            care_hub.load_classifier(target)
+    assert visible(target) == visible(export) | {"evaluation.json": b"other results"}
+
+
+def test_a_lock_that_another_has(tmp_path):
+    busy = pytest.raises(CareHubError, match="another process is writing")
+    with folder_lock(tmp_path), busy, folder_lock(tmp_path, wait=False):
+        pass
+    with folder_lock(tmp_path, wait=False):
+        pass
 
 
 def test_config_json_is_indented_for_readers(export):

@@ -1,17 +1,20 @@
 """Linear heads: files beside the encoder on whose features they were trained."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import OLD, killed_at_each_rename
 from safetensors.torch import load_file, save_file
 
 import care_hub
 from care_hub import cli
 from care_hub.errors import CareHubError
-from care_hub.hub.export import check_sums, read_config
+from care_hub.hub.export import read_config
 from care_hub.hub.linear_head import LinearHead, head_file_name, head_files
 
 
@@ -31,10 +34,33 @@ def test_a_head_comes_back_as_it_was_saved(export):
     np.testing.assert_allclose(found(features.numpy()), found(features).numpy(), atol=1e-5)
 
 
-def test_its_sum_is_in_the_configuration(export):
-    sums = read_config(export)[0].sha256
-    assert "linear_head.shapes.safetensors" in sums
-    check_sums(export, sums)
+def test_its_sum_is_in_it_and_a_damaged_head_is_no_damaged_encoder(export):
+    path = export / "linear_head.shapes.safetensors"
+    assert path.name not in read_config(export)[0].sha256
+    content = path.read_bytes()
+    for damaged in (
+        content[:-1] + bytes([content[-1] ^ 1]),
+        content.replace(b"class 3", b"class 4"),
+        content.replace(b"61.5", b"91.5"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(CareHubError, match="is damaged: its sha256 is wrong"):
+            care_hub.load_linear_head(export)
+    care_hub.load_encoder(export)
+
+
+@pytest.mark.parametrize("version", ["0.1", "this"])
+def test_a_head_that_is_replaced_locks_nothing_whenever_that_is_interrupted(
+    version, export, tmp_path, monkeypatch
+):
+    """Version 0.1 kept its sum in config.json: a kill between two renames locked the encoder for good."""
+    folder = shutil.copytree(OLD / "export", tmp_path / "old") if version == "0.1" else export
+    head = replace(LinearHead.load(folder / "linear_head.shapes.safetensors"), metrics={"top1": 1.0})
+    new = []
+    for _ in killed_at_each_rename(lambda: head.save(folder), monkeypatch):
+        care_hub.load_encoder(folder)
+        new.append(care_hub.load_linear_head(folder).metrics == head.metrics)
+    assert new == ([False, True] if version == "this" else [False, False, True])
 
 
 def test_a_head_of_other_weights_or_of_nonsense_is_refused(export):

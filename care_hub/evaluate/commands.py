@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..files import make_folder, write_text
 from ..hub.card import write_card
 from ..hub.client import check_push
 from ..hub.evaluation_record import add_result, read_record
-from ..hub.export import sha256
+from ..hub.export import copy_export, export_folder, sha256
 from ..hub.linear_head import LinearHead
 from ..hub.registry import locate
 from ..metrics import effective_rank, knn_top1
@@ -90,8 +89,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.protocol == "finetune":
         encoder.save_pretrained(target)
     elif target.absolute() != folder.absolute():
-        for path in filter(Path.is_file, folder.iterdir()):
-            shutil.copy(path, target)
+        copy_export(folder, target)
     if config.label_fraction == 1:
         replace(heads[0], encoder=sha256(target / "model.safetensors")).save(target)
     results = mean_over_seeds(heads)
@@ -106,6 +104,8 @@ def _target_folder(config: EvalConfig, folder: Path) -> Path:
     if config.output_dir is None and not os.path.isdir(config.encoder):
         raise CareHubError(f"'{config.encoder}' is not a folder of yours; results need an `output_dir`.")
     target = make_folder(config.output_dir or folder)
+    if (target / "config.json").is_file():
+        export_folder(target)  # which finishes what was interrupted there
     there = target / "model.safetensors"
     if there.is_file() and (config.protocol == "finetune" or sha256(there) != sha256(folder / there.name)):
         raise CareHubError(f"'{target}' already contains an encoder; choose another `output_dir`.")

@@ -6,21 +6,24 @@ Nothing in such a folder is trusted, since it may come from a stranger; nothing 
 import hashlib
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config import EncoderConfig, ProjectionConfig
 from ..errors import CareHubError
-from ..files import file_errors
+from ..files import file_errors, replacement, write_tensors
 
 CONFIG_BYTES = 1 << 20
+PENDING = ".pending-"  # and its sha256: a file whose place another has as yet
 # What reading a stranger's JSON may raise.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
@@ -28,11 +31,15 @@ READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, Overflo
 def export_folder(source: str | Path) -> Path:
     """An export folder, or a run folder that contains one -> the export folder.
 
-    Raises CareHubError for anything else.
+    What a killed writer left undone there is finished. Raises CareHubError for anything else.
     """
     for folder in (Path(source) / "export", Path(source)):
         with file_errors(folder, "read"):
             if (folder / "config.json").is_file():
+                with suppress(CareHubError):  # not this user's to write
+                    if any(folder.glob(f"{PENDING}*")):  # of a writer that is at work, or was killed
+                        with folder_lock(folder):
+                            settle(folder, read_config(folder)[0].sha256)
                 return folder
     raise CareHubError(f"'{source}' is not an export folder or a run folder with one (no config.json there).")
 
@@ -99,6 +106,40 @@ def check_sums(folder: Path, sums: dict[str, str]) -> None:
             raise CareHubError(f"'{path}' is damaged: its sha256 is wrong; fetch or export it again.")
 
 
+def write_pending(folder: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a safetensors file into `folder` that `settle` will put in its place; gives its sha256."""
+    new = folder / PENDING
+    write_tensors(new, tensors)
+    checksum = sha256(new)
+    os.replace(new, folder / f"{PENDING}{checksum}")
+    return checksum
+
+
+def settle(folder: Path, sums: dict[str, str]) -> None:
+    """Let pending files that config.json names by their `sums` take their places; the others go.
+
+    So the one rename that decides is that of config.json: with it the files of the old encoder are in
+    their places, or those of the new one at hand. The caller holds the lock of `folder`.
+    """
+    with file_errors(folder):
+        for name, checksum in sums.items():
+            pending = folder / Path(f"{PENDING}{checksum}").name
+            if pending.is_file():
+                os.replace(pending, folder / Path(name).name)
+        for pending in folder.glob(f"{PENDING}*"):
+            pending.unlink()
+
+
+def copy_export(folder: Path, target: Path) -> None:
+    """Copy the files of an export that `target` does not have; config.json last, which makes it an export."""
+    with folder_lock(target):
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+            there = target / path.name
+            if path.is_file() and not path.name.startswith(".") and not there.exists():
+                with replacement(there) as new:
+                    shutil.copyfile(path, new)
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file. CareHubError if it is missing, cut short or not finite."""
     try:
@@ -133,15 +174,19 @@ def fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path, wait: bool = True) -> Iterator[None]:
     """For `with`: a lock under which a file in `folder` is read, changed and written.
 
     Without it, of two processes that do so at the same time one would undo what the other has done.
-    Raises CareHubError where nothing can be written.
+    It ends with its process. Raises CareHubError where nothing can be written, and unless `wait` where
+    another has the lock.
     """
     lock = FileLock(folder / ".care_hub.lock")
     with file_errors(folder):
-        lock.acquire()
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            raise CareHubError(f"another process is writing '{folder}'; wait for it, or end it.") from None
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """Linear heads on frozen features: a file for each data set, beside the encoder they belong to."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,26 +46,27 @@ class LinearHead:
         return features @ self.weight.to(features).T + self.bias.to(features)
 
     def save(self, folder: str | Path) -> Path:
-        """Write linear_head.<dataset>.safetensors into `folder`, its sha256 into a config.json there."""
+        """Write linear_head.<dataset>.safetensors into `folder`, with its sha256 in it."""
         path = make_folder(folder) / head_file_name(self.dataset)
         metadata = {"dataset": self.dataset, "encoder": self.encoder}
         metadata |= {"class_names": json.dumps(self.class_names), "metrics": json.dumps(self.metrics)}
+        metadata["sha256"] = _content_sum(self.weight, self.bias, metadata)
         tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
         config = path.with_name("config.json")
         with folder_lock(path.parent):
-            values = read_config(path.parent)[1] if config.is_file() else None  # refused, if so, first
+            if config.is_file():
+                values = read_config(path.parent)[1]
+                if values["care"].get("sha256", {}).pop(path.name, None):  # version 0.1 kept it there
+                    write_text(config, json.dumps(values, indent=2) + "\n")
             write_tensors(path, tensors, metadata)
-            if values:
-                values["care"].setdefault("sha256", {})[path.name] = sha256(path)
-                write_text(config, json.dumps(values, indent=2) + "\n")
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> "LinearHead":
         """Read one file.
 
-        Raises CareHubError if it is not a head, is cut short, or belongs to other backbone weights
-        than those beside it.
+        Raises CareHubError if it is not a head, is damaged or cut short, or belongs to other backbone
+        weights than those beside it.
         """
         path = Path(path)
         tensors = read_tensors(path)
@@ -82,10 +84,19 @@ class LinearHead:
         shape, bias_shape, classes = tuple(weight.shape), tuple(bias.shape), len(names)
         if len(shape) != 2 or bias_shape != shape[:1] or classes != shape[0]:
             raise CareHubError(f"'{path}' contradicts itself: {shape}, {bias_shape}, {classes} classes.")
+        if "sha256" in about and about["sha256"] != _content_sum(weight, bias, about):
+            raise CareHubError(f"'{path}' is damaged: its sha256 is wrong; fetch it or train it again.")
         backbone = path.parent / "model.safetensors"
         if head.encoder and backbone.is_file() and sha256(backbone) != head.encoder:
             raise CareHubError(f"'{path}' was trained on other weights than '{backbone}'; train it again.")
         return head
+
+
+def _content_sum(weight: Tensor, bias: Tensor, about: dict[str, str]) -> str:
+    """sha256 of what the file of a head says, in hexadecimal."""
+    said = [(key, value) for key, value in sorted(about.items()) if key not in ("format", "sha256")]
+    numbers = [tensor.float().cpu().contiguous().numpy().tobytes() for tensor in (weight, bias)]
+    return hashlib.sha256(b"".join([json.dumps(said).encode(), *numbers])).hexdigest()
 
 
 def head_file_name(dataset: str) -> str:
