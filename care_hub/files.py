@@ -79,6 +79,8 @@ def make_folder(path: str | Path) -> Path:
     Raises CareHubError, so that this is known before the work whose results go there.
     """
     path = Path(path)
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise CareHubError(f"'{path}' can't be written: it is not a folder.")
     with file_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()

@@ -120,7 +120,9 @@ def test_what_may_not_be_read_is_a_sentence(foreign):
         "export": lambda: export_folder(foreign),
         "export/evaluation.json": lambda: read_record(foreign / "export"),
         "rotation.safetensors": lambda: Rotation.load(foreign / "rotation.safetensors"),
-        "checkpoints/step-00000001/model.safetensors": lambda: load_checkpoint(foreign / "checkpoints"),
+        "checkpoints/step-00000001/model.safetensors": lambda: load_checkpoint(
+            foreign / "checkpoints" / "step-00000001"
+        ),
     }
     user = os.geteuid()
     for name, function in read.items():

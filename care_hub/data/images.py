@@ -193,7 +193,7 @@ def decode_into_memory(images: StreamedImages, title: str, progress: bool) -> In
                 raise CareHubError(f"{error} {ADVICE}") from error
             problems[row] = str(error)
 
-    hidden = not progress or count < 10000
+    hidden = not progress or count < 10000 or None  # None: only on a terminal
     bar = tqdm(total=count, desc=f"decoding {title}", unit="image", disable=hidden, leave=False)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, count, 1000):

@@ -178,7 +178,7 @@ def measure_equivariance(
     mean = partial(metrics.weighted_mean, weights=weights)
     sampled = {family: augmentations(family, augmentation, draws, seed) for family in families}
     total = sum(map(len, sampled.values()))
-    bar = tqdm(total=total, unit="view", desc="augmenting", disable=not progress, leave=False)
+    bar = tqdm(total=total, unit="view", desc="augmenting", disable=not progress or None, leave=False)
     results = {}
     for family, steps in sampled.items():
         rows, fitted = [], []

@@ -97,7 +97,8 @@ def _train(
         batches = subset[order[: per_epoch * accumulation * batch_size]].split(batch_size)
         indices += [batch.chunk(processes)[rank] for batch in batches]
     steps = zip(indices, split.images.batches(indices), strict=True)
-    bar = tqdm(steps, f"fine-tuning, seed {seed}", len(indices), leave=False, unit="batch", disable=rank > 0)
+    hidden = rank > 0 or None  # None: only on a terminal
+    bar = tqdm(steps, f"fine-tuning, seed {seed}", len(indices), leave=False, unit="batch", disable=hidden)
     for number, (index, images) in enumerate(bar):
         step, micro = divmod(number, accumulation)
         generator = augment.seeded_generator(seed, "finetune views", number)

@@ -3,8 +3,10 @@
 import json
 import logging
 import math
+import operator
 import os
 import signal
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,8 +18,10 @@ from tqdm import tqdm
 
 from ..config import TrainConfig
 from ..errors import CareHubError
-from ..files import file_errors
+from ..files import file_errors, write_text
+from ..hub.export import READ_ERRORS
 from ..schedule import Plan
+from .checkpoint import resumable
 
 logger = logging.getLogger(__name__)
 LOSSES = ("loss", "infonce", "equivariance")
@@ -74,11 +78,11 @@ class Progress:
         self.pending: list[tuple[int, Tensor, dict[str, float]]] = []
         self.micro: list[Tensor] = []
         self.file: TextIO | None = None
+        self.path = run / "metrics.jsonl"
         if self.main:
-            path = run / "metrics.jsonl"
-            with file_errors(path):
-                _remove_lines_after(path, start)
-                self.file = path.open("a", buffering=1)
+            with resumable(run), file_errors(self.path):
+                _remove_lines_after(self.path, start)
+                self.file = self.path.open("a", buffering=1)
         self.bar = tqdm(
             total=plan.stop, initial=start, unit="step", disable=not self.main, dynamic_ncols=True
         )
@@ -131,20 +135,39 @@ class Progress:
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.file:
-            self.file.write(json.dumps(row) + "\n")
+            with resumable(self.path.parent), file_errors(self.path):
+                self.file.write(json.dumps(row) + "\n")
         if "knn_top1" in row or row["step"] % self.config.log_freq == 0:
             self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def close(self) -> None:
         """Write what is pending."""
         self.flush()
+        self.release()
+
+    def release(self) -> None:
+        """End the bar's line, so that whatever is said next begins one, and close the file."""
         self.bar.close()
         if self.file:
-            self.file.close()
+            with suppress(OSError):  # of a line that could not be written, which was said
+                self.file.close()
 
 
 def _remove_lines_after(path: Path, start: int) -> None:
-    """Forget lines beyond the checkpoint, and a line that a crash cut short."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+    """Forget lines beyond the checkpoint, one that a crash cut short, and, with a warning, damaged ones."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    steps = [_step(line) for line in lines]
+    if damaged := [number for number, step in enumerate(steps[:-1], 1) if step is None]:
+        numbers = ", ".join(map(str, damaged[:9])) + ", ..." * (len(damaged) > 9)
+        logger.warning("'%s': damaged lines are left out (%s).", path, numbers)
+    sound = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= start]
+    if sound != lines:
+        write_text(path, b"".join(line + b"\n" for line in sound).decode())
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl, None for what is none."""
+    try:
+        return operator.index(json.loads(line.decode())["step"])
+    except READ_ERRORS:
+        return None

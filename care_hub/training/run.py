@@ -1,13 +1,19 @@
 """A run's folder: made or found, saved to, resumed from, and what is left in it at the end."""
 
+import errno
+import fcntl
 import itertools
 import json
 import logging
+import os
 import platform
 import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TextIO
 
 import accelerate
 import timm
@@ -20,24 +26,59 @@ from ..data.images import Images
 from ..distributed import from_main
 from ..encoder import Encoder
 from ..errors import CareHubError, printable
-from ..files import write_text
+from ..files import file_errors, write_text
 from ..hub.card import write_card
-from ..hub.export import fill
+from ..hub.export import fill, folder_lock
 from ..hub.push import push_folder
 from ..report.figures import plot_neighbors
-from .checkpoint import complete_checkpoints, load_checkpoint
+from .checkpoint import check_optimizer, load_checkpoint, newest_sound, remove, resumable
 
 logger = logging.getLogger(__name__)
 SHEET_IMAGES = 2000  # among which neighbors are looked for
 
 
-def open_run(config: TrainConfig) -> Path:
-    """Make the run folder and write config.yaml, or find the one to resume; one name for all processes.
+@contextmanager
+def open_run(config: TrainConfig) -> Iterator[Path]:
+    """For `with`: make the run folder and write config.yaml, or find the one to resume; it is then locked.
 
-    All of them call it. Raises CareHubError, on all of them, if the folder exists or can't be made.
+    All processes call it, and get the same. Raises CareHubError, on all of them, if the folder exists, can't
+    be made or is in use.
     """
-    name = config.run_name if config.resume else from_main(lambda: _make_folder(config))
-    return Path(config.save_root) / str(name)
+    with ExitStack() as stack:
+        yield Path(config.save_root) / from_main(lambda: _open(config, stack))
+
+
+def _open(config: TrainConfig, stack: ExitStack) -> str:
+    name = config.run_name if config.resume and config.run_name else _make_folder(config)
+    folder = Path(config.save_root) / name
+    stack.enter_context(_lock(folder))
+    export = folder / "export"  # into which others may be writing their evaluations
+    with folder_lock(export) if export.is_dir() else nullcontext():
+        for pattern in (".writing-*", "checkpoints/.writing-*", "export/.writing-*"):
+            for left in folder.glob(pattern):  # by a process that was killed
+                remove(left)
+    return name
+
+
+def _lock(folder: Path) -> TextIO:
+    """A file in `folder` which only one process has at a time. Raises CareHubError if another has it.
+
+    The lock is the system's: it ends when the file is closed or the process ends, however it does. Unlike
+    that of filelock, it isn't inherited by loader processes, which outlive a killed one by seconds.
+    """
+    with file_errors(folder):
+        file = open(folder / ".lock", "a+")  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                holder = (folder / ".lock").read_text() or "another process"
+                advice = "wait for it or stop it"
+                raise CareHubError(f"the run '{folder}' is in use by {holder}; {advice}.") from error
+            logger.warning("'%s' can't be locked (%s); let nothing else train there.", folder, error.strerror)
+        file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+        return file
 
 
 def _make_folder(config: TrainConfig) -> str:
@@ -60,13 +101,19 @@ def _make_folder(config: TrainConfig) -> str:
 def restore(
     run: Path, method: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> tuple[int, float]:
-    """Weights, optimizer and position of the newest checkpoint -> (step, seconds trained).
+    """Weights, optimizer and position of the newest sound checkpoint -> (step, seconds trained).
 
-    All else follows from the seed. Logs the `conditions` that have changed. Raises CareHubError for a damaged
-    checkpoint or another model's.
+    All else follows from the seed. Logs the `conditions` that have changed. Raises CareHubError if all are
+    damaged or another model's.
     """
-    model, state, extra = load_checkpoint(run / "checkpoints")
-    fill(accelerator.unwrap_model(method), model, complete_checkpoints(run / "checkpoints")[-1])
+
+    def load(path: Path) -> tuple[dict, dict]:
+        model, state, extra = load_checkpoint(path)
+        fill(accelerator.unwrap_model(method), model, path)
+        check_optimizer(optimizer, state, path)
+        return state, extra
+
+    state, extra = load(from_main(lambda: newest_sound(run / "checkpoints", load)))
     optimizer.load_state_dict(state)
     for parameter, saved in optimizer.state.items():
         # A fused optimizer pairs numbers by their place in memory: its state needs the layout of the weights.
@@ -130,11 +177,12 @@ def export_run(
         versions={"python": platform.python_version()}
         | {package.__name__: package.__version__ for package in (torch, timm, accelerate)},
     )
-    encoder.save_pretrained(run / "export")
-    write_text(run / "results.json", json.dumps(results, indent=2) + "\n")
-    some = images.take(torch.arange(min(SHEET_IMAGES, len(images))))
-    plot_neighbors({"": encoder}, some, run / "export" / "neighbors.png")
-    write_card(run / "export")
+    with resumable(run):
+        encoder.save_pretrained(run / "export")
+        write_text(run / "results.json", json.dumps(results, indent=2) + "\n")
+        some = images.take(torch.arange(min(SHEET_IMAGES, len(images))))
+        plot_neighbors({"": encoder}, some, run / "export" / "neighbors.png")
+        write_card(run / "export")
 
 
 def push_run(run: Path, repo_id: str) -> None:

@@ -29,6 +29,7 @@ from ..schedule import Plan, lr_at, weight_at
 from . import run, summary
 from .batches import make_views, training_augmentation, training_batches
 from .checkpoint import CheckpointWriter
+from .divergence import check_weights
 from .methods import MoCo, SimCLR
 from .progress import Interrupt, Progress, start_trackers
 
@@ -59,6 +60,13 @@ class Session:
     writer: CheckpointWriter
     start: int  # the first step
 
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.release()
+        self.writer.pool.shutdown()  # waits for a checkpoint that is being written
+
 
 def train(config: TrainConfig) -> dict[str, float]:
     """Train, evaluate and export as `config` says; returns what is written to results.json.
@@ -74,8 +82,8 @@ def train(config: TrainConfig) -> dict[str, float]:
         setup = set_up(config, accelerator)
         if config.dry_run:
             return {}
-        session = start(setup)
-        return finish(setup, session, fit(setup, session))
+        with run.open_run(config) as folder, start(setup, folder) as session:
+            return finish(setup, session, fit(setup, session))
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -148,10 +156,9 @@ def log_plan(setup: Setup) -> None:
         logger.info(summary.dry_run_text(config, setup.plan, processes, memory))
 
 
-def start(setup: Setup) -> Session:
-    """Make the run folder and what is trained; restore the newest checkpoint of a run that is resumed."""
+def start(setup: Setup, folder: Path) -> Session:
+    """Make what is trained; restore the newest checkpoint of a run that is resumed."""
     config, accelerator = setup.config, setup.accelerator
-    folder = run.open_run(config)
     method = global_batch_norm(make_method(config, setup.encoder, len(setup.train)), accelerator.device)
     if config.compile:
         setup.encoder.backbone.compile()
@@ -167,7 +174,7 @@ def start(setup: Setup) -> Session:
             images.to(accelerator.device)
     start_trackers(folder, config, accelerator)
     progress = Progress(folder, setup.plan, step, seconds, config, accelerator)
-    return Session(folder, method, optimizer, progress, CheckpointWriter(folder / "checkpoints"), step)
+    return Session(folder, method, optimizer, progress, CheckpointWriter(folder / "checkpoints", step), step)
 
 
 def fit(setup: Setup, session: Session) -> int:
@@ -204,6 +211,7 @@ def fit(setup: Setup, session: Session) -> int:
             care.after_step()
             # Fetches losses now and then, which waits for the device; one that is not finite ends the run.
             progress.add_step(step, lr, care.weight, time.perf_counter() - began)
+            session.writer.check()
 
             done = step + 1
             if interrupt.asked:
@@ -227,8 +235,12 @@ def knn_is_due(config: TrainConfig, plan: Plan, done: int) -> bool:
 
 
 def save_checkpoint(setup: Setup, session: Session, done: int) -> None:
-    """Begin to write a checkpoint, on the main process alone: all have the same state."""
+    """Begin to write a checkpoint, on the main process alone: all have the same state.
+
+    Raises CareHubError, on all, if training has diverged.
+    """
     accelerator = setup.accelerator
+    check_weights(accelerator.unwrap_model(session.method), session.optimizer, done, setup.config)
     if accelerator.is_main_process:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
         extra = {"seconds": session.progress.seconds, "scaler": scaler} | run.conditions(accelerator)
