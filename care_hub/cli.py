@@ -13,6 +13,7 @@ import shlex
 import sys
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,12 +39,26 @@ class ScreenHandler(logging.Handler):
         from tqdm import tqdm
 
         stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
-        tqdm.write("\n".join(map(printable, self.format(record).split("\n"))), file=stream)
-        stream.flush()
+        with suppress(OSError):  # the terminal is gone, or the `tee` behind it: the work goes on
+            tqdm.write("\n".join(map(printable, self.format(record).split("\n"))), file=stream)
+            stream.flush()
+
+
+class Failure(click.ClickException):
+    """An error sentence with the exit status, which holds also where nobody can read the sentence."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # of the class, says click
+
+    def show(self, file: Any = None) -> None:
+        """On standard error, unless the terminal is gone, or the `tee` behind it."""
+        with suppress(OSError):
+            super().show(file)
 
 
 class Command(click.Command):
-    """A command whose user errors are one sentence and exit status 1, and whose help shows groups."""
+    """A command whose user errors are one sentence and an exit status, and whose help shows groups."""
 
     def invoke(self, context: click.Context) -> Any:
         """Run it, with care_hub's log on the screen."""
@@ -56,7 +71,7 @@ class Command(click.Command):
         try:
             return super().invoke(context)
         except CareHubError as error:
-            raise click.ClickException(self._sentence(str(error))) from error
+            raise Failure(self._sentence(str(error)), error.exit_code) from error
         except PermissionError as error:
             sentence = printable(f"'{error.filename}' can't be used ({error.strerror}).")
             raise click.ClickException(sentence) from error
@@ -166,6 +181,9 @@ def _option_of(option: dataclasses.Field, hint: Any) -> Callable[[Function], Fun
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
     if hint is bool:
         name, settings["is_flag"] = f"{name}/--no-{name[2:]}" if default else name, True
+    elif bool in kinds:  # a flag that takes a word as well
+        settings |= {"is_flag": False, "flag_value": "true", "show_default": False, "type": click.UNPROCESSED}
+        settings["metavar"] = f"[{'|'.join(about['choices'])}]"
     else:  # as typed: `typed_options` reads it, as it reads YAML
         names = (
             f"[{'|'.join(about['choices'])}]" if about["choices"] else " ".join(METAVARS[k] for k in kinds)
@@ -186,6 +204,8 @@ def _resumed(values: dict[str, Any]) -> dict[str, Any]:
     """The options of the run to resume, changed only where a resumed run may change."""
     saved = Path(values.get("save_root", TrainConfig.save_root)) / values["run_name"] / "config.yaml"
     if not saved.is_file():
+        if values["resume"] == "auto":
+            return values
         raise CareHubError(f"there is no run to resume at '{saved.parent}'.")
     before = typed_options(TrainConfig, read_yaml(saved))
     fixed = {f.name for f in dataclasses.fields(TrainConfig) if not f.metadata["changeable"]}
@@ -205,6 +225,7 @@ def train(context: click.Context, config_file: str | None, **values: Any) -> Non
     default = click.core.ParameterSource.DEFAULT
     given = {k: v for k, v in values.items() if context.get_parameter_source(k) != default}
     config = resolve(given, config_file)
+    from .training import preemption  # noqa: F401, I001  before torch: it notes who has started this process
     import torch.distributed
 
     from .training.trainer import train as run_training

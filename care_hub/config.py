@@ -49,6 +49,7 @@ _data, _model, _method, _augment, _optim, _probe = (
     for group in ("Data", "Model", "Method", "Augmentation", "Optimization", "Evaluation")
 )
 _reading, _run = (partial(option, group, changeable=True, published=False) for group in ("Data", "Run"))
+PREEMPT_SIGNALS = ("sigusr1", "sigusr2", "sigxcpu", "sigquit", "sigurg")
 
 
 @dataclass
@@ -163,9 +164,20 @@ class TrainConfig(DataConfig):
     )
     knn_bank: int = _run(5000, "images in the bank of the kNN check", changeable=False, published=True)
     checkpoint_every: int | None = _run(None, "steps between checkpoints (default: an epoch)", published=True)
+    checkpoint_minutes: float = _run(
+        15, "minutes between checkpoints, beside --checkpoint-every; the first comes after one at most"
+    )
+    preempt_signal: str = _run(
+        "sigusr1", "saves and stops a run, as SIGTERM, SIGINT and SIGHUP do", choices=PREEMPT_SIGNALS
+    )
     save_root: str = _run("runs", "where run folders are made")
     run_name: str | None = _run(None, "name of the run folder (default: <dataset>-<method>-<free number>)")
-    resume: bool = _run(False, "resume from the newest complete checkpoint of --run-name")
+    resume: bool | str = _run(
+        False,
+        "resume from the newest complete checkpoint of --run-name; auto: start the run if there is none, "
+        "and leave it alone if it is finished",
+        choices=("auto",),
+    )
     log_with: str = _run("none", "none, tensorboard or wandb", ("none", "tensorboard", "wandb"))
     log_freq: int = _run(1, "steps between values sent to the tracker")
     project: str | None = _run(None, "the tracker's project (default: WANDB_PROJECT, else care_hub)")
@@ -191,7 +203,7 @@ class TrainConfig(DataConfig):
             self,
             "batch_size gradient_accumulation epochs equiv_splits temperature projection_dim "
             "projection_hidden knn_bank max_steps checkpoint_every image_size log_freq "
-            "equivariant_batch_size blur_kernel_size",
+            "equivariant_batch_size blur_kernel_size checkpoint_minutes",
             at_least_0="seed weight lr weight_decay warmup_epochs weight_warmup_epochs knn_every",
         )
         if self.blur_kernel_size % 2 == 0:
@@ -421,16 +433,18 @@ def typed_options(config_class: type[DataConfig], values: dict[str, Any]) -> dic
 
 
 def _typed(option: dataclasses.Field, hint: Any, value: Any) -> Any:
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
+    name, read = KINDS[kinds[0]]
     if choices := option.metadata["choices"]:
         word = "no" if value is False else str(value).lower()  # YAML reads `no` as False, `null` as None
         if word in choices:
             return word
-        near = suggest(word, choices)
-        raise CareHubError(f"`{option.name}` can't be '{value}'{near}; choose from {', '.join(choices)}.")
+        if kinds[0] is str:
+            near = suggest(word, choices)
+            raise CareHubError(f"`{option.name}` can't be '{value}'{near}; choose from {', '.join(choices)}.")
+        name, kinds = f"{name}, or {', '.join(choices)}", kinds[:1]
     if value is None and option.default is None:
         return None
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
-    name, read = KINDS[kinds[0]]
     try:
         if len(kinds) == 1:
             return read(value)
@@ -572,8 +586,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """All options, as `read_yaml` reads them."""
-    return yaml.safe_dump(plain_values(dataclasses.asdict(config)), sort_keys=False)
+    """All options of a run, as `read_yaml` reads them; whether it was resumed is none of them."""
+    return yaml.safe_dump(plain_values(dataclasses.asdict(config) | {"resume": False}), sort_keys=False)
 
 
 def plain_values(options: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ the processes, W times dL / dx.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -145,6 +146,45 @@ def from_main(work: Callable[[], T]) -> T:
     if problem:
         raise CareHubError(problem)
     return result
+
+
+class Votes:
+    """Questions on which all processes agree at every step, without a wait of the device.
+
+    Answers travel from CPU to CPU, through a group of their own where that of the gradients is the device's.
+    """
+
+    def __init__(self) -> None:
+        many = world()[1] > 1
+        separate = many and dist.get_backend() != "gloo"
+        self.group: Any = dist.new_group(backend="gloo") if separate else None
+        self.answers = torch.empty(0)
+        self.work: dist.Work | None = None
+
+    def cast(self, *answers: bool) -> None:
+        """Every process sends its answers, and goes on."""
+        self.answers = torch.tensor(answers, dtype=torch.uint8)
+        if world()[1] > 1:
+            self.work = dist.all_reduce(self.answers, dist.ReduceOp.MAX, self.group, async_op=True)
+
+    def count(self) -> list[bool]:
+        """For each question, whether any process has said yes, the same on all."""
+        if self.work:
+            self.work.wait()
+        return self.answers.bool().tolist()
+
+
+@contextmanager
+def peer_errors() -> Iterator[None]:
+    """For `with`: raises CareHubError where another process of the group has ended, or hangs."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world()[1] > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            reason = "another process of this run has ended, or does not answer"
+            where = "its own message says why, or the system's log, as of an out-of-memory killer"
+            raise CareHubError(f"{reason}; {where}.") from error
+        raise
 
 
 def inference_accelerator() -> Accelerator:

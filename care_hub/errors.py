@@ -20,8 +20,11 @@ def printable(text: str) -> str:
 class CareHubError(Exception):
     """A user error: the message says what is wrong and what to do, in one sentence and on one line.
 
-    Options and arguments stand in it as Python writes them, in backticks; the command line makes them flags.
+    Options and arguments stand in it as Python writes them, in backticks; the command line makes them flags,
+    and ends with `exit_code`.
     """
+
+    exit_code = 1
 
     def __init__(self, message: str):
         super().__init__(printable(message))

@@ -1,18 +1,26 @@
 #!/usr/bin/env bash
 # Several nodes under Slurm: `sbatch recipes/slurm.sh recipes/imagenet100_simclr.yaml --data-root /data/imagenet`
+# Two minutes before the time is up, or when preempted, the run saves, and the job goes back to the queue.
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
+#SBATCH --ntasks-per-node=4
 #SBATCH --gpus-per-node=4
-#SBATCH --cpus-per-task=32
+#SBATCH --cpus-per-task=8
 #SBATCH --time=48:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 set -euo pipefail
 recipe=$1
 shift
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-processes=$((SLURM_NNODES * SLURM_GPUS_ON_NODE))
-export head processes recipe
-# One launcher a node; --batch-size and --equiv-splits stay those of all processes together.
-srun bash -c 'accelerate launch --multi_gpu --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
-  --num_processes "$processes" --main_process_ip "$head" --main_process_port 29500 \
-  --rdzv_backend static --mixed_precision no --dynamo_backend no \
-  train.py --config "$recipe" "$@"' _ "$@"
+read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+export MASTER_ADDR MASTER_PORT
+# A process for each GPU, started by Slurm itself: no launcher stands between it and signals or exit status.
+# The job keeps its number when it is requeued, so the same command starts the run and resumes it.
+status=0
+srun bash -c 'exec env RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS" python "$@"' _ \
+  train.py --config "$recipe" --run-name "slurm-$SLURM_JOB_ID" --resume auto "$@" || status=$?
+if ((status == 75)); then # saved, to be resumed
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

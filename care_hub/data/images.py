@@ -1,6 +1,7 @@
 """One split of a data set: uint8 RGB images of one size, in memory or streamed through loader processes."""
 
 import os
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..config import PREEMPT_SIGNALS
 from ..errors import CareHubError
 from .decode import square_tensor, to_rgb, to_square, to_tensor
 
+SAVING_SECONDS = 30  # which torchrun allows
 ADVICE = "Mend or remove it, or pass `skip_broken_images=True`."
 
 Views: TypeAlias = list[Image.Image]
@@ -132,12 +135,20 @@ class StreamedImages(Images):
             collate_fn=tuple,  # which they are
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_outlive_signals,
         )
         for problems, batch in loader:
             if batch is None:
                 raise CareHubError(f"{problems[0]} {ADVICE}")
             self.skipped += [problem for problem in problems if problem not in self.skipped]
             yield batch
+
+
+def _outlive_signals(worker: int) -> None:
+    """Loader processes go on while their parent saves, to which such signals were sent as well."""
+    for number in {signal.SIGINT, signal.SIGHUP, *(signal.Signals[name.upper()] for name in PREEMPT_SIGNALS)}:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SAVING_SECONDS))  # its parent, too, ends it by that
 
 
 @dataclass

@@ -2,7 +2,7 @@
 the global batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -114,14 +114,15 @@ def training_batches(
     start: int,
     rank: int,
     processes: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """What `make_views` takes, for every micro-batch from optimizer step `start` on."""
     indices = epoch_order(config, plan, len(images), start, rank, processes)
     if not isinstance(images, StreamedImages):
-        return images.batches(indices)
+        yield from images.batches(indices)
+        return
     first, place = start * config.gradient_accumulation, rank * (config.batch_size // processes)
     jobs = ((index, first + k, place) for k, index in enumerate(indices))
-    return images.cut_batches(jobs, ViewCutter(config, augmentation, augmentation.size / images.size))
+    yield from images.cut_batches(jobs, ViewCutter(config, augmentation, augmentation.size / images.size))
 
 
 def epoch_order(

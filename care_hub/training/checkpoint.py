@@ -151,7 +151,8 @@ def newest_sound(folder: Path, load: Callable[[Path], object]) -> Path:
         if problems:
             logger.warning("%s; resuming from '%s' instead.", "; ".join(problems), path)
         return path
-    raise CareHubError("; ".join(problems or [f"there is no checkpoint in '{folder}' to resume from"]) + ".")
+    none = f"there is no complete checkpoint in '{folder}' to resume from; `resume='auto'` starts the run again"
+    raise CareHubError("; ".join(problems or [none]) + ".")
 
 
 def load_checkpoint(path: Path) -> tuple[Tensors, State, State]:

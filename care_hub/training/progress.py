@@ -1,11 +1,10 @@
-"""What a run says while it trains, and how it is asked to stop."""
+"""What a run says while it trains."""
 
 import json
 import logging
 import math
 import operator
 import os
-import signal
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -26,27 +25,6 @@ from .checkpoint import resumable
 logger = logging.getLogger(__name__)
 LOSSES = ("loss", "infonce", "equivariance")
 POSTFIX = "loss {loss:.3f} infonce {infonce:.3f} equi {equivariance:.3f} {images_per_second:.0f} images/s"
-
-
-class Interrupt:
-    """Ctrl-C or a termination signal ends the loop after the current step, a second one at once."""
-
-    def __init__(self, enabled: bool):
-        self.asked = False
-        self.signals = (signal.SIGINT, signal.SIGTERM) if enabled else ()
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupt":
-        self.before = {number: signal.signal(number, self._ask) for number in self.signals}
-        return self
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
-        signal.signal(number, self.before[number])
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def start_trackers(run: Path, config: TrainConfig, accelerator: Accelerator) -> None:
@@ -119,8 +97,9 @@ class Progress:
                 raise CareHubError(f"the loss became {row['loss']} at step {step + 1}; {advice}.")
             row |= others
             self._write(row)
-        self.bar.set_postfix_str(POSTFIX.format(**row), refresh=False)
-        self.bar.update(len(self.pending))
+        with suppress(OSError):  # the terminal is gone, or the `tee` behind it
+            self.bar.set_postfix_str(POSTFIX.format(**row), refresh=False)
+            self.bar.update(len(self.pending))
         self.pending = []
 
     def add_knn(self, step: int, top1: float | None) -> None:
@@ -147,7 +126,8 @@ class Progress:
 
     def release(self) -> None:
         """End the bar's line, so that whatever is said next begins one, and close the file."""
-        self.bar.close()
+        with suppress(OSError):
+            self.bar.close()
         if self.file:
             with suppress(OSError):  # of a line that could not be written, which was said
                 self.file.close()

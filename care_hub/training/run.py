@@ -9,7 +9,7 @@ import os
 import platform
 import shlex
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,10 +28,17 @@ from ..encoder import Encoder
 from ..errors import CareHubError, printable
 from ..files import file_errors, write_text
 from ..hub.card import write_card
-from ..hub.export import fill, folder_lock
+from ..hub.export import fill, folder_lock, read_config
 from ..hub.push import push_folder
 from ..report.figures import plot_neighbors
-from .checkpoint import check_optimizer, load_checkpoint, newest_sound, remove, resumable
+from .checkpoint import (
+    check_optimizer,
+    complete_checkpoints,
+    load_checkpoint,
+    newest_sound,
+    remove,
+    resumable,
+)
 
 logger = logging.getLogger(__name__)
 SHEET_IMAGES = 2000  # among which neighbors are looked for
@@ -49,7 +56,7 @@ def open_run(config: TrainConfig) -> Iterator[Path]:
 
 
 def _open(config: TrainConfig, stack: ExitStack) -> str:
-    name = config.run_name if config.resume and config.run_name else _make_folder(config)
+    name = config.run_name if config.resume is True and config.run_name else _make_folder(config)
     folder = Path(config.save_root) / name
     stack.enter_context(_lock(folder))
     export = folder / "export"  # into which others may be writing their evaluations
@@ -85,8 +92,10 @@ def _make_folder(config: TrainConfig) -> str:
     root, stem = Path(config.save_root), f"{config.dataset_name.replace('/', '-')}-{config.method}"
     numbered = (f"{stem}-{k}" for k in itertools.count(1))
     for name in [config.run_name] if config.run_name else numbered:
+        if config.resume == "auto" and (root / name / "config.yaml").is_file():
+            return name
         try:
-            (root / name).mkdir(parents=True)
+            (root / name).mkdir(parents=True, exist_ok=config.resume == "auto" and _is_bare(root / name))
             write_text(root / name / "config.yaml", to_yaml(config))
             return name
         except FileExistsError:
@@ -96,6 +105,26 @@ def _make_folder(config: TrainConfig) -> str:
             raise CareHubError(f"the run folder '{root / name}' can't be made ({reason}).") from error
     advice = "choose another `run_name`, or resume it with `resume=True`"
     raise CareHubError(f"the run folder '{root / name}' exists; {advice}.")
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether a run was killed here between its folder and its first file."""
+    return folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
+
+
+def has_checkpoint(config: TrainConfig, folder: Path) -> bool:
+    """Whether to restore one, the same on all processes; without `resume='auto'` there has to be one."""
+    return config.resume is True or from_main(lambda: bool(complete_checkpoints(folder / "checkpoints")))
+
+
+def finished_results(config: TrainConfig) -> dict[str, float]:
+    """The results of a run whose export, of these very options, is complete; none of any other."""
+    folder = Path(config.save_root) / str(config.run_name)
+    with suppress(CareHubError, OSError, ValueError):
+        complete = (folder / "export" / "README.md").is_file()  # which is written last
+        if complete and read_config(folder / "export")[0].training == plain_values(config.published()):
+            return json.loads((folder / "results.json").read_text())
+    return {}
 
 
 def restore(

@@ -4,7 +4,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..augment import AugmentationConfig, seeded_generator
 from ..config import TrainConfig
 from ..data.images import Images, InMemoryImages
 from ..data.sources import load_splits
-from ..distributed import from_main, global_batch_norm, launched_accumulation
+from ..distributed import Votes, from_main, global_batch_norm, launched_accumulation, peer_errors
 from ..encoder import Encoder
 from ..errors import CareHubError
 from ..evaluate.monitor import final_results, knn_monitor
@@ -31,7 +31,8 @@ from .batches import make_views, training_augmentation, training_batches
 from .checkpoint import CheckpointWriter
 from .divergence import check_weights
 from .methods import MoCo, SimCLR
-from .progress import Interrupt, Progress, start_trackers
+from .preemption import Preempted, Preemption
+from .progress import Progress, start_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Session:
     progress: Progress
     writer: CheckpointWriter
     start: int  # the first step
+    stopped: bool = False  # before the end, as it was asked to
 
     def __enter__(self) -> "Session":
         return self
@@ -72,18 +74,30 @@ def train(config: TrainConfig) -> dict[str, float]:
     """Train, evaluate and export as `config` says; returns what is written to results.json.
 
     Progress goes to the `care_hub` logger. The global random state is left as it was. Raises
-    CareHubError for user errors; everything up to the last checkpoint is kept then.
+    CareHubError for user errors; everything up to the last checkpoint is kept then. Raises Preempted,
+    which is one, if the run was asked to stop.
     """
     config = config.take_over(launched_accumulation())
     accelerator = make_accelerator(config)
+    if config.resume == "auto" and (results := from_main(lambda: run.finished_results(config))):
+        if accelerator.is_main_process:
+            folder = Path(config.save_root) / str(config.run_name)
+            logger.info("the run '%s' is finished.", folder)
+            if config.push_to_hub:
+                run.push_run(folder, config.push_to_hub)
+        return results
     on_gpu = accelerator.device.type == "cuda"
-    with torch.random.fork_rng([accelerator.device] if on_gpu else []):
+    with torch.random.fork_rng([accelerator.device] if on_gpu else []), peer_errors():
         torch.manual_seed(config.seed)  # the same initial weights on every process
         setup = set_up(config, accelerator)
         if config.dry_run:
             return {}
-        with run.open_run(config) as folder, start(setup, folder) as session:
-            return finish(setup, session, fit(setup, session))
+        with (
+            run.open_run(config) as folder,
+            start(setup, folder) as session,
+            Preemption(config.preempt_signal) as preemption,
+        ):
+            return finish(setup, session, fit(setup, session, preemption), preemption)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -167,7 +181,7 @@ def start(setup: Setup, folder: Path) -> Session:
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         method, optimizer = accelerator.prepare(method, make_optimizer(config, method))
     step, seconds = 0, 0.0
-    if config.resume:
+    if config.resume and run.has_checkpoint(config, folder):
         step, seconds = run.restore(folder, method, optimizer, accelerator)
     for images in (setup.train, setup.test):
         if isinstance(images, InMemoryImages):
@@ -177,15 +191,19 @@ def start(setup: Setup, folder: Path) -> Session:
     return Session(folder, method, optimizer, progress, CheckpointWriter(folder / "checkpoints", step), step)
 
 
-def fit(setup: Setup, session: Session) -> int:
-    """Optimizer steps until the plan's end or an interrupt; returns how many are done in all."""
+def fit(setup: Setup, session: Session, preemption: Preemption) -> int:
+    """Optimizer steps until the plan's end or until any process is asked to stop, then all of them after
+    the same step; returns how many are done in all.
+    """
     config, accelerator, plan = setup.config, setup.accelerator, setup.plan
     rank, processes = accelerator.process_index, accelerator.num_processes
     method, optimizer, progress = session.method, session.optimizer, session.progress
     care: SimCLR = accelerator.unwrap_model(method)
-    batches = training_batches(config, plan, setup.train, setup.augmentation, session.start, rank, processes)
+    shares = (setup.augmentation, session.start, rank, processes)
+    votes, minutes = Votes(), config.checkpoint_minutes
+    save_at = time.monotonic() + 60 * (minutes if session.start else min(1, minutes))
     method.train()
-    with Interrupt(enabled=processes == 1) as interrupt:
+    with closing(training_batches(config, plan, setup.train, *shares)) as batches:  # and its loader processes
         for step in range(session.start, plan.stop):
             began = time.perf_counter()
             # Pure functions of the step: the same on every process, and after a resume.
@@ -206,6 +224,7 @@ def fit(setup: Setup, session: Session) -> int:
                     losses = method(*views)  # embeddings are gathered: all processes take part
                     accelerator.backward(losses["loss"])  # which divides by the number of micro-batches
                 progress.add_losses(losses)
+            votes.cast(preemption.asked(), time.monotonic() > save_at)
             optimizer.step()
             optimizer.zero_grad()
             care.after_step()
@@ -214,18 +233,19 @@ def fit(setup: Setup, session: Session) -> int:
             session.writer.check()
 
             done = step + 1
-            if interrupt.asked:
-                return done
-            if done == plan.stop:
-                break  # the last checkpoint and the final evaluation follow the loop
-            if done % (config.checkpoint_every or plan.steps_per_epoch) == 0:
+            session.stopped, in_time = votes.count()
+            if session.stopped or done == plan.stop:
+                return done  # the last checkpoint and the final evaluation follow
+            knn = knn_is_due(config, plan, done)  # which may take longer than the grace after a signal
+            if in_time or knn or done % (config.checkpoint_every or plan.steps_per_epoch) == 0:
                 progress.flush()
                 save_checkpoint(setup, session, done)
-            if knn_is_due(config, plan, done):
+                save_at = time.monotonic() + 60 * minutes
+            if knn:
                 # Every process embeds its share of the images: all take part.
                 (top1,) = knn_monitor(config, setup.encoder, setup.train, setup.test, accelerator)
                 progress.add_knn(done, top1)
-    return plan.stop
+    return session.start
 
 
 def knn_is_due(config: TrainConfig, plan: Plan, done: int) -> bool:
@@ -248,18 +268,20 @@ def save_checkpoint(setup: Setup, session: Session, done: int) -> None:
         session.writer.save(done, model, session.optimizer.state_dict(), extra)
 
 
-def finish(setup: Setup, session: Session, done: int) -> dict[str, float]:
+def finish(setup: Setup, session: Session, done: int, preemption: Preemption) -> dict[str, float]:
     """Save, evaluate (all processes), then export, say what was measured, and push (the main process).
 
-    Raises CareHubError, after saving, for a run that was interrupted.
+    Raises Preempted, after saving, for a run that was asked to stop.
     """
     config, accelerator, folder = setup.config, setup.accelerator, session.folder
     session.progress.close()
     save_checkpoint(setup, session, done)
-    if done < setup.plan.stop:
-        session.writer.wait()
-        resume = f"resume it with `resume=True` `run_name='{folder.name}'`"
-        raise CareHubError(f"stopped at step {done} of {setup.plan.stop}; {resume}.")
+    resume = f"resume it with `resume=True` `run_name='{folder.name}'`"
+    preempted = Preempted(f"stopped at step {done} of {setup.plan.stop}; {resume}.")
+    if session.stopped:
+        from_main(session.writer.wait)  # no process ends before: a launcher would end the others
+        raise preempted
+    preemption.raise_from_now_on(preempted)
     results = final_results(config, setup.encoder, setup.train, setup.test, setup.augmentation, accelerator)
     session.writer.wait()
     seconds, images = session.progress.seconds, done * config.batch_size * config.gradient_accumulation
