@@ -76,11 +76,6 @@ class CheckpointWriter:
         """Whether the checkpoint that was begun could not be written; waits for nothing."""
         return self.running is not None and self.running.done() and self.running.exception() is not None
 
-    def check(self) -> None:
-        """Raise CareHubError if it has failed."""
-        if self.failed:
-            self.wait()
-
 
 def _copies(tensors: Tensors) -> Tensors:
     return {
@@ -151,8 +146,8 @@ def newest_sound(folder: Path, load: Callable[[Path], object]) -> Path:
         if problems:
             logger.warning("%s; resuming from '%s' instead.", "; ".join(problems), path)
         return path
-    none = f"there is no complete checkpoint in '{folder}' to resume from; `resume='auto'` starts the run again"
-    raise CareHubError("; ".join(problems or [none]) + ".")
+    none = f"there is no complete checkpoint in '{folder}' to resume from"
+    raise CareHubError("; ".join(problems or [f"{none}; `resume='auto'` starts the run again"]) + ".")
 
 
 def load_checkpoint(path: Path) -> tuple[Tensors, State, State]:

@@ -224,16 +224,17 @@ def fit(setup: Setup, session: Session, preemption: Preemption) -> int:
                     losses = method(*views)  # embeddings are gathered: all processes take part
                     accelerator.backward(losses["loss"])  # which divides by the number of micro-batches
                 progress.add_losses(losses)
-            votes.cast(preemption.asked(), time.monotonic() > save_at)
+            votes.cast(preemption.asked(), time.monotonic() > save_at, session.writer.failed)
             optimizer.step()
             optimizer.zero_grad()
             care.after_step()
             # Fetches losses now and then, which waits for the device; one that is not finite ends the run.
             progress.add_step(step, lr, care.weight, time.perf_counter() - began)
-            session.writer.check()
 
             done = step + 1
-            session.stopped, in_time = votes.count()
+            session.stopped, in_time, unwritten = votes.count()
+            if unwritten:
+                from_main(session.writer.wait)  # which raises, on all, why the last checkpoint failed
             if session.stopped or done == plan.stop:
                 return done  # the last checkpoint and the final evaluation follow
             knn = knn_is_due(config, plan, done)  # which may take longer than the grace after a signal
