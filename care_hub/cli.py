@@ -392,15 +392,16 @@ def _entry_line(entry: Any) -> str:
 @click.option("--revision", help="a branch, tag or commit on the Hub")
 def info(source: str, revision: str | None) -> None:
     """Say what the encoder SOURCE (a folder, a registry name or a Hub id) is and how good; as JSON."""
+    from .files import read_header
     from .hub.evaluation_record import read_record
-    from .hub.export import check_sums, read_config, read_tensors
+    from .hub.export import check_sums, read_config
     from .hub.linear_head import read_heads
     from .hub.registry import locate
 
     folder = locate(source, revision=revision)
     config, stored = read_config(folder)
+    read_header(folder / "model.safetensors")
     check_sums(folder, config.sha256)
-    read_tensors(folder / "model.safetensors")
     about = {key: stored[key] for key in ("architecture", "num_features")}
     about |= {k: v for k, v in config.to_json().items() if k != "training"}
     about["accuracy"] = read_record(folder).get("accuracy", {})

@@ -20,7 +20,7 @@ from . import augment
 from .config import EncoderConfig, ProjectionConfig
 from .data.inputs import Transform, as_items, decode_batches
 from .errors import CareHubError
-from .files import make_folder, write_text
+from .files import check_tensors, make_folder, own_file, read_header, read_tensors, write_text
 from .hub import export
 from .hub.push import push_folder
 from .hub.registry import locate
@@ -278,24 +278,45 @@ class Encoder(nn.Module):
     def from_folder(cls, folder: Path) -> "Encoder":
         """Load an export folder, trusting nothing in it. Raises CareHubError."""
         config, stored = export.read_config(folder)
-        export.check_sums(folder, config.sha256)
-        state = export.read_tensors(folder / "model.safetensors")
-        head_file = folder / "projection.safetensors"
+        weights, head_file = folder / "model.safetensors", folder / "projection.safetensors"
         named = config.projection or head_file.name in config.sha256  # else of an encoder there before
-        head = export.read_tensors(head_file) if named and head_file.is_file() else None
+        head = read_header(head_file)[0] if named and own_file(head_file) else None
         if head is None:
             config = replace(config, projection=None)
         elif config.projection != (found := export.projection_of(head)):
             both = f"{config.projection}, {found}"
             raise CareHubError(f"'{folder / 'config.json'}' and the weights disagree on the head: {both}.")
+        _check_size(config, weights)
         encoder = cls(config)
         _check_twin(stored, timm_config(config, encoder.backbone), folder)
-        if stem := SMALL.get(config.model):
-            state = from_plain(state, stem)
-        export.fill(encoder.backbone, state, folder / "model.safetensors")
-        if head is not None and encoder.projection is not None:
-            export.fill(encoder.projection, head, head_file)
+        export.check_sums(folder, config.sha256)
+        state = read_tensors(weights, _stored_state(encoder))
+        stem = SMALL.get(config.model)
+        export.fill(encoder.backbone, from_plain(state, stem) if stem else state, weights)
+        if encoder.projection is not None:
+            own = encoder.projection.state_dict()
+            export.fill(encoder.projection, read_tensors(head_file, own), head_file)
         return encoder.eval()
+
+
+def _check_size(config: EncoderConfig, weights: Path) -> None:
+    """Raise CareHubError unless the network fits the file of its weights, before it takes any memory."""
+    with torch.device("meta"):
+        try:
+            encoder = Encoder(config)
+        except CareHubError:  # also for some architectures of timm 1.0.21, which are only built for real
+            return
+        check_tensors(read_header(weights)[0], _stored_state(encoder), weights)
+    size = sum(x.nbytes for x in (*encoder.parameters(), *encoder.buffers()))  # some make vast tables
+    if size > 8 * weights.stat().st_size + (1 << 30):
+        gigabytes = f"{size >> 30} GB at {config.image_size} pixels"
+        raise CareHubError(f"'{weights}' is of a network that takes {gigabytes}, far more than the file.")
+
+
+def _stored_state(encoder: Encoder) -> dict[str, Tensor]:
+    """The backbone's weights under the names, and in the shapes, of plain timm."""
+    state, stem = encoder.backbone.state_dict(), SMALL.get(encoder.config.model)
+    return to_plain(state, stem) if stem else state
 
 
 def _check_twin(stored: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:

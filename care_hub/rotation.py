@@ -4,16 +4,16 @@ Fitting is the orthogonal Procrustes problem, known as Wahba's problem for prope
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, linalg
 
 from .errors import CareHubError
-from .files import write_tensors
+from .files import read_header, read_tensors, write_tensors
 
 CHUNK = 65536  # rows raised to float64 at a time
 ORTHOGONAL = 1e-6  # largest entry of R R^T - I that is rounding
@@ -192,10 +192,14 @@ class Rotation:
     def load(cls, path: str | Path) -> "Rotation":
         """Read what `save` wrote. Raises CareHubError if the file is missing, truncated or not a rotation."""
         try:
-            open(path, "rb").close()  # safetensors calls missing what it may not read
-            with safe_open(path, "pt") as file:
-                return cls(file.get_tensor("rotation"), (file.metadata() or {}).get("encoder") or None)
-        except (OSError, ValueError, SafetensorError) as error:
+            real = Path(os.path.realpath(path))  # a link is the user's own
+            header, about = read_header(real)
+            shape = tuple(header["rotation"].shape) if "rotation" in header else ()
+            own = {"rotation": torch.empty(shape, dtype=torch.float64, device="meta")}
+            if len(shape) < 2 or shape[-1] != shape[-2] or 0 in shape:
+                raise CareHubError(f"its matrix is of shape {shape}")
+            return cls(read_tensors(real, own)["rotation"], about.get("encoder") or None)
+        except (CareHubError, ValueError) as error:
             raise CareHubError(f"'{path}' is not a rotation saved by care_hub ({error}).") from error
 
 

@@ -39,7 +39,8 @@ class LoopbackHub:
     """`with LoopbackHub() as hub:` ... `hub.url`.
 
     `hub.faults[word] = [503, "cut", ...]`: what happens to the next requests whose method and path contain
-    `word`: a status, "cut" (the connection drops half way), or "lost" (done, but the answer is lost).
+    `word`: a status, "cut" (the connection drops half way), "lost" (done, but the answer is lost), or "hang"
+    (no answer until the server is closed).
     """
 
     def __init__(self):
@@ -47,6 +48,7 @@ class LoopbackHub:
         self.blobs: dict[str, bytes] = {}
         self.faults: dict[str, list] = {}
         self.requests: Counter = Counter()
+        self.closed = threading.Event()
         hub = self
 
         class Handler(_Handler):
@@ -60,6 +62,7 @@ class LoopbackHub:
         return self
 
     def __exit__(self, *_):
+        self.closed.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -91,8 +94,13 @@ class _Handler(BaseHTTPRequestHandler):
             if word in name and waiting:
                 self.fault = waiting.pop(0)
                 break
+        if self.fault == "hang":
+            self.close_connection = hub.closed.wait(600)
+            return None
         if isinstance(self.fault, int):
-            return self._json({"error": "asked to fail"}, self.fault)
+            return self._json(
+                {"error": f"no: {self.headers.get('Authorization')}"}, self.fault, **{"Retry-After": "86400"}
+            )
         self.user = USERS.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
         for method, pattern, action in ROUTES:
             if method == self.command and (found := pattern(self.path_only)) is not None:

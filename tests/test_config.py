@@ -199,6 +199,7 @@ def test_bad_configuration_files(tmp_path):
         ("- 1", "must be a mapping"),
         ("a: [", "not valid YAML"),
         ("run_name: 2024-13-45", "not valid YAML"),
+        ("jitter: &a [1, 1]\nlr: [*a, *a]", "nested values for 'lr'"),
         ("moco_t: 0.2", "unknown option 'moco_t'; give `temperature`"),
         ("equiv-splits-per-gpu: 4", "give `equiv_splits`, which counts"),
     ]:

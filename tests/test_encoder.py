@@ -261,8 +261,10 @@ def test_damaged_exports_are_refused(encoder, tmp_path):
         with pytest.raises(CareHubError, match=match):
             load_encoder(tmp_path)
 
-    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    (tmp_path / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     refused("sha256")
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    refused("complete safetensors")
     config["care"].pop("sha256")
     (tmp_path / "config.json").write_text(json.dumps(config))
     refused("complete safetensors")

@@ -1,14 +1,23 @@
 """What comes back from the Hub is whole, or one sentence without a token. The client is the real one."""
 
+import logging
+import os
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from helpers import IMAGES, edited, stored
+from huggingface_hub import constants
+from huggingface_hub.utils import logging as hub_logging
 from loopback_hub import WRITER
 
 import care_hub
+from care_hub import cli
 from care_hub.errors import CareHubError
 from care_hub.hub import client
-from care_hub.hub.client import ask, check_name
+from care_hub.hub.client import ask, check_name, check_push
 from care_hub.hub.push import push_folder
 
 pytestmark = pytest.mark.launches
@@ -86,6 +95,74 @@ def test_tokens_appear_nowhere(server, export):
     assert WRITER not in f"{refused.value}{leaked.value}"
     push_folder(export, "lab/tiny", token=WRITER)
     assert all(WRITER.encode() not in content for content in stored(server, "lab/tiny").values())
+
+
+@pytest.fixture
+def debugged(caplog, monkeypatch):
+    """All that the Hub's client and those below it can log is logged; no pause takes time."""
+    monkeypatch.setattr(constants, "HF_DEBUG", True)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    before = hub_logging.get_verbosity()
+    caplog.set_level(logging.DEBUG)
+    hub_logging.set_verbosity_debug()
+    hub_logging.enable_propagation()
+    yield caplog
+    hub_logging.set_verbosity(before)
+    hub_logging.disable_propagation()
+
+
+@pytest.mark.parametrize("fault", [None, 401, 403, 404, 429, 500, "cut", "lost", "hang"])
+def test_no_answer_makes_a_token_appear(fault, server, export, tmp_path, monkeypatch, debugged, capfd):
+    """Not in files, errors, output or logs, although this Hub sends it back with each failure."""
+    push_folder(export, "lab/tiny")
+    monkeypatch.setattr(client, "ANSWER_SECONDS", 0.2)
+    server.faults = {"": [fault] * 10_000} if fault else {}
+    calls = {
+        "load": lambda: care_hub.load_encoder("lab/tiny", token=WRITER, cache_dir=tmp_path / "cache"),
+        "push": lambda: push_folder(export, "lab/tiny", token=WRITER, revision="other"),
+        "check": lambda: check_push("lab/tiny", WRITER),
+        "list": lambda: care_hub.list_models(hub=True),
+    }
+    told = []
+    for call in calls.values():
+        try:
+            call()
+        except CareHubError as error:
+            told.append(str(error))
+    told.append(CliRunner().invoke(cli.main, ["info", "lab/tiny"]).output)
+    assert len(told) == (5 if fault else 1) or fault == "cut"
+    said = "".join([*told, *capfd.readouterr(), debugged.text])
+    assert "lab/tiny" in said and WRITER not in said
+    for root in (tmp_path, Path(os.environ["HF_HOME"])):
+        for path in filter(Path.is_file, root.rglob("*")):
+            assert WRITER.encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "word", ["GET /api/models", "HEAD", "resolve", "repos/create", "preupload", "whoami"]
+)
+def test_a_hub_that_hangs_is_not_waited_for(word, server, export, tmp_path, monkeypatch):
+    """Some answers were waited for without end, others for minutes."""
+    push_folder(export, "lab/tiny")
+    monkeypatch.setattr(client, "ANSWER_SECONDS", 0.3)
+    server.faults = {word: ["hang"] * 100}
+    (export / "README.md").write_text("new")
+    start = time.monotonic()
+    with pytest.raises(CareHubError, match=r"reached|try again later"):
+        check_push("lab/tiny", WRITER)
+        push_folder(export, "lab/tiny")
+        care_hub.load_encoder("lab/tiny", cache_dir=tmp_path / "cache")
+    assert time.monotonic() - start < 5
+
+
+def test_a_hub_does_not_say_how_long_is_waited(server, export, monkeypatch):
+    """huggingface_hub sleeps as long as `Retry-After` asks, be it a day."""
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    server.faults = {"lfs/objects": [429] * 100}
+    with pytest.raises(CareHubError, match="with status 429"):
+        push_folder(export, "lab/tiny")
+    assert max(pauses) < 10
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a/b/c", "lab/..", "lab/a b", "/x"])

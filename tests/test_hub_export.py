@@ -5,12 +5,15 @@ import re
 
 import pytest
 import torch
+from campaigns.hostile import try_folders, try_values
 from helpers import ROOT, edited, killed_at_each_rename, visible, with_weights
 from safetensors.torch import save
 
 import care_hub
+from care_hub import files
 from care_hub.config import ProjectionConfig
 from care_hub.errors import CareHubError
+from care_hub.files import check_tensors, own_file, read_header, read_tensors
 from care_hub.hub.export import (
     check_sums,
     copy_export,
@@ -18,7 +21,6 @@ from care_hub.hub.export import (
     folder_lock,
     projection_of,
     read_config,
-    read_tensors,
 )
 
 
@@ -65,8 +67,8 @@ HOSTILE = {
         "contradicts itself",
     ),
     "unknown model": (lambda e: edited(e, care(model="hf-hub:evil/x")), "there is no model 'hf-hub:evil/x'"),
-    "other weights": (lambda e: visible(e) | {"model.safetensors": save({"a": torch.ones(1)})}, "sha256"),
-    "weights cut short": (lambda e: visible(e) | {"projection.safetensors": b"\x08\x00"}, "sha256"),
+    "other weights": (lambda e: visible(e) | {"model.safetensors": save({"a": torch.ones(1)})}, "should be"),
+    "weights cut short": (lambda e: visible(e) | {"projection.safetensors": b"\x08\x00"}, "not a complete"),
     "no sums, weights cut short": (
         lambda e: (
             edited(e, lambda c: c["care"].pop("sha256"))
@@ -131,7 +133,7 @@ def test_the_configuration_comes_with_the_json_around_it(export):
     config, whole = read_config(export)
     assert (config.model, config.mean, config.weight) == ("resnet10_w16_small", (0.5, 0.5, 0.5), 0.3)
     assert config.projection == ProjectionConfig(128, 32, 16, norm=True)
-    assert config.projection == projection_of(read_tensors(export / "projection.safetensors"))
+    assert config.projection == projection_of(read_header(export / "projection.safetensors")[0])
     assert whole["architecture"] == "resnet18" and whole["care"] == config.to_json()
 
 
@@ -152,10 +154,10 @@ def test_a_damaged_file_is_told_from_a_missing_one(export):
     sums = read_config(export)[0].sha256
     check_sums(export, sums | {"absent.safetensors": "0"})
     with pytest.raises(CareHubError, match=r"absent.safetensors' is missing; the export is incomplete"):
-        read_tensors(export / "absent.safetensors")
+        read_header(export / "absent.safetensors")
     with open(export / "projection.safetensors", "ab") as file:
         file.write(b"x")
-    with pytest.raises(CareHubError, match=r"projection.safetensors' is damaged"):
+    with pytest.raises(CareHubError, match=r"projection.safetensors' is not a complete"):
         check_sums(export, sums)
 
 
@@ -179,3 +181,57 @@ def test_a_lock_that_another_has(tmp_path):
 
 def test_config_json_is_indented_for_readers(export):
     assert (export / "config.json").read_text() == json.dumps(read_config(export)[1], indent=2) + "\n"
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize("attempts, every", [(try_values, 23), (try_folders, 19)])
+def test_some_of_the_hostile_values_and_folders(attempts, every, tmp_path, monkeypatch):
+    """All of them: `python tests/campaigns/hostile.py`."""
+    for name in ("HF_ENDPOINT", "HF_TOKEN"):
+        monkeypatch.setenv(name, "")  # which are set there and reset after it
+    failed = [f"{title}: {said}" for survived, title, said in attempts(tmp_path, every) if not survived]
+    assert failed == []
+
+
+def test_shapes_and_dtypes_are_compared_before_a_value_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(save({"a": torch.ones(3)}))
+    assert read_header(path)[0]["a"].is_meta
+    monkeypatch.setattr(files, "load_file", lambda path: pytest.fail("read"))
+    for own in ({"a": torch.ones(2)}, {"a": torch.ones(3, dtype=torch.int64)}, {"b": torch.ones(3)}):
+        with pytest.raises(CareHubError, match="should be"):
+            read_tensors(path, own)
+
+
+def test_weights_come_in_three_dtypes_and_other_numbers_in_their_own():
+    own = {
+        "weight": torch.ones(2),
+        "counter": torch.tensor(1),
+        "table": torch.tensor([0, -torch.inf, torch.nan]),
+    }
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        check_tensors(own | {k: own[k].to(dtype) for k in ("weight", "table")}, own, "file")
+    for name, dtype in (("weight", torch.float64), ("weight", torch.complex64), ("counter", torch.int32)):
+        with pytest.raises(CareHubError, match=f"'file' does not fit .* {name} should be torch"):
+            check_tensors(own | {name: own[name].to(dtype)}, own, "file")
+    for values in ([0, torch.inf, torch.nan], [-torch.inf, 0, torch.nan], [0, -torch.inf, 0.5 * torch.inf]):
+        with pytest.raises(CareHubError, match=r"not finite numbers \(in table\)"):
+            check_tensors(own | {"table": torch.tensor(values)}, own, "file")
+
+
+def test_a_file_is_a_regular_one_of_its_folder_or_of_the_cache(tmp_path):
+    snapshot = tmp_path / "models--lab--tiny" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    places = (tmp_path / "models--lab--tiny" / "blobs", tmp_path / "blobs", tmp_path / "elsewhere")
+    for place in places:
+        place.mkdir()
+        (place / "blob").write_text("x")
+        (snapshot / f"to {place.relative_to(tmp_path)}".replace("/", " ")).symlink_to(place / "blob")
+        (place / "link").symlink_to(places[0] / "blob")
+    assert own_file(snapshot / "to models--lab--tiny blobs") and own_file(snapshot / "to blobs")
+    assert not own_file(snapshot / "absent")
+    for path in (snapshot / "to elsewhere", places[1] / "link"):
+        with pytest.raises(CareHubError, match="leads out of its folder"):
+            own_file(path)
+    with pytest.raises(CareHubError, match="not a regular file"):
+        own_file(snapshot)

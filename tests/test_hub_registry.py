@@ -90,6 +90,7 @@ def test_an_installed_package_registers_by_entry_point(tmp_path):
     (about / "entry_points.txt").write_text(
         "[care_hub.encoders]\n"
         "all = birds:encoders\nbroken = birds:absent\nodd = birds:words\nthief = birds:thief\n"
+        "quits = sys:exit\n"
     )
     (tmp_path / "birds.py").write_text(
         "from care_hub.registry import Entry\n"
@@ -101,5 +102,5 @@ def test_an_installed_package_registers_by_entry_point(tmp_path):
     code += "print(care_hub.registry.find('resnet10_w16_small.care_shapes').repo_id)"
     done = run("python", "-c", code, env={"PYTHONPATH": str(tmp_path)})
     assert done.stdout == "['resnet18_cifar.birds']\nNone\n"
-    for name in ("birds:absent", "birds:words", "birds:thief"):
+    for name in ("birds:absent", "birds:words", "birds:thief", "sys:exit"):
         assert f"'{name}' can't be registered" in done.stderr

@@ -68,7 +68,7 @@ def test_a_checkpoint_that_can_not_be_written_is_told_at_once(tmp_path):
     while not writer.failed:
         time.sleep(0.001)
     with pytest.raises(CareHubError, match=f"checkpoint of step 3 can't be written: .*{GO_ON}"):
-        writer.check()
+        writer.wait()
     assert not writer.failed
 
 

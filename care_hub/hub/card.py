@@ -15,8 +15,8 @@ from jinja2 import Environment, FileSystemLoader
 
 from ..config import EncoderConfig, plain_values
 from ..data.sources import SPECS
-from ..errors import printable
-from ..files import write_text
+from ..errors import CareHubError, printable
+from ..files import own_file, write_text
 from ..metrics import FINAL_GEOMETRY, METRICS
 from ..models import SMALL
 from .evaluation_record import Record, read_record
@@ -24,6 +24,7 @@ from .export import folder_lock, read_config
 from .linear_head import LinearHead, read_heads
 
 BEGIN, END = "<!-- written by care_hub: begin -->", "<!-- written by care_hub: end -->"
+README_BYTES = 1 << 20
 OURS = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
 TAGS = ["care_hub", "timm", "equivariance", "self-supervised-learning", "contrastive-learning"]
 FAMILY_METRICS = ("rotation_invariance_ratio", "gram_deviation", "hit_at_1", "hit_at_1_unrotated")
@@ -46,7 +47,11 @@ def card_text(folder: Path, name: str | None = None, before: str | None = None) 
     can't be read.
     """
     path = folder / "README.md"
-    local = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    local = None
+    if own_file(path):
+        if path.stat().st_size > README_BYTES:
+            raise CareHubError(f"'{path}' is too long for a card; shorten it.")
+        local = path.read_text(encoding="utf-8", errors="replace")
     text = _merged(before or local, *_written(folder, name))
     if before and local:
         theirs = "\n\n".join(part.strip() for part in _split(local)[1])

@@ -1,14 +1,19 @@
 """The Hugging Face Hub. Every failure is a CareHubError: one sentence, without a token in it."""
 
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, errors, get_token
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in __all__
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # not in __all__
+    get_session,
+    validate_repo_id,
+)
 
 from .. import __version__
 from ..errors import CareHubError
@@ -22,6 +27,7 @@ FILES = [
 ]
 NESTED = ["*/*", "*\\*"]  # an export has no sub-folders; what a repository has in some is not fetched
 RETRY_SECONDS = (1, 3)
+ANSWER_SECONDS = 20  # a Hub that has not answered by then hangs
 LOG_IN = "the Hub does not know you: log in with `hf auth login`, or set HF_TOKEN to a valid token."
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 SENTENCES = {
@@ -92,7 +98,7 @@ def check_name(repo_id: str) -> None:
             raise errors.HFValidationError("it must look like org/name")
         validate_repo_id(repo_id)
     except errors.HFValidationError as error:
-        raise CareHubError(_sentence(error, repo_id, None)) from error
+        raise CareHubError(_sentence(error, repo_id)) from error
 
 
 def find_repositories(author: str | None = None) -> list[str]:
@@ -104,38 +110,73 @@ def find_repositories(author: str | None = None) -> list[str]:
 def ask(call: Callable[[], Result], repo_id: str, token: str | None, revision: str | None = None) -> Result:
     """`call()`, again after a pause where the Hub or the connection failed.
 
-    Raises CareHubError for whatever the client raises. Its message names `repo_id` and `revision`,
-    and never contains `token`.
+    Raises CareHubError for whatever the client raises, and where no answer comes in ANSWER_SECONDS. Its
+    message names `repo_id` and `revision`, and never contains `token`.
     """
     pauses = iter(RETRY_SECONDS)
     while True:
         try:
-            return call()
+            with _bounded_waits():
+                return call()
         except CareHubError:
             raise
         except Exception as error:  # the client's own kinds differ between its versions
             pause = next(pauses, None) if _is_transient(error) else None
             if pause is None:
-                raise CareHubError(_without_tokens(_sentence(error, repo_id, revision), token)) from None
+                raise CareHubError(_sentence(error, repo_id, revision, token)) from None
             time.sleep(pause)
+
+
+@contextmanager
+def _bounded_waits() -> Iterator[None]:
+    """For `with`: no wait for an answer is longer than ANSWER_SECONDS.
+
+    Left alone, the client waits for some answers forever, asks again for minutes (which uploads may), and
+    sleeps as long as an answer says.
+    """
+    hooks = getattr(get_session(), "event_hooks", None) or {"request": [], "response": []}
+    unanswered: dict[int, float] = {}  # thread -> since when
+
+    def before(request: Any) -> None:
+        limits = dict.fromkeys(("connect", "read", "write", "pool")) | request.extensions.get("timeout", {})
+        bounded = {kind: min(limit or ANSWER_SECONDS, ANSWER_SECONDS) for kind, limit in limits.items()}
+        request.extensions["timeout"] = bounded
+        waited = time.monotonic() - unanswered.setdefault(threading.get_ident(), time.monotonic())
+        if waited > ANSWER_SECONDS and request.method != "PUT":
+            raise TimeoutError(f"no answer in {waited:.0f} seconds")
+
+    def after(response: Any) -> None:
+        unanswered.pop(threading.get_ident(), None)
+        for name in ("retry-after", "ratelimit"):
+            response.headers.pop(name, None)
+
+    hooks["request"].append(before)
+    hooks["response"].append(after)
+    try:
+        yield
+    finally:
+        hooks["request"].remove(before)
+        hooks["response"].remove(after)
 
 
 def _is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
-    if isinstance(error, errors.OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled) or "Timeout" in type(error).__name__:
         return False
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code == 429 or response.status_code >= 500
     library = type(error).__module__.split(".")[0]
-    if isinstance(error, ConnectionError | TimeoutError) or library in HTTP_LIBRARIES:
+    if isinstance(error, ConnectionError) or library in HTTP_LIBRARIES:
         return True
     return error.__cause__ is not None and _is_transient(error.__cause__)
 
 
-def _sentence(error: BaseException, repo_id: str, revision: str | None) -> str:
+def _sentence(
+    error: BaseException, repo_id: str, revision: str | None = None, token: str | None = None
+) -> str:
     """What went wrong, and what to do."""
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = " ".join(_without_tokens(str(error), token).split())[:200] or type(error).__name__
     for kind, sentence in SENTENCES.items():
         if isinstance(error, kind):
             return sentence.format(repo_id=repo_id, revision=revision, reason=reason)

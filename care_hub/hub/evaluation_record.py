@@ -1,16 +1,39 @@
 """evaluation.json beside an encoder: what was measured of its very weights, by kind and data set."""
 
 import json
-import os
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from ..files import file_errors, write_text
-from .export import READ_ERRORS, check_numbers, folder_lock, sha256
+from ..config import check_type
+from ..files import file_errors, own_file, read_header, write_text
+from .export import READ_ERRORS, folder_lock, read_json, sha256
 
-FILE_NAME = "evaluation.json"
+logger = logging.getLogger(__name__)
+FILE_NAME, RECORD_BYTES = "evaluation.json", 16 << 20
 FORMER_NAMES = {"greyscale": "grayscale", "spread": "variance"}  # of families and measures
 Record = dict[str, dict[str, Any]]  # kind ("accuracy" or "equivariance") -> data set -> results
+
+Interval = tuple[float, float, float] | tuple[None, None, None]  # mean and 95 % bounds, where there are some
+
+
+class Metrics(TypedDict, total=False):
+    """Of a classifier; accuracies in percent. There is more in it, as how it was trained."""
+
+    top1: float
+    top5: float
+    top1_std: float
+    seeds: int
+    n_train: int
+
+
+class Equivariance(TypedDict):
+    """What `care-hub equivariance` measured of one data set."""
+
+    images: int
+    draws: int
+    families: dict[str, dict[str, Interval]]
+    attributes: dict[str, dict[str, float]]  # by space and attribute
 
 
 def read_record(folder: Path) -> Record:
@@ -21,51 +44,39 @@ def read_record(folder: Path) -> Record:
     file that may not be read, which must not be taken for an empty record and written anew.
     """
     path, weights = folder / FILE_NAME, folder / "model.safetensors"
-    if not (os.path.isfile(path) and os.path.isfile(weights)):
+    if not (own_file(path) and own_file(weights)):
         return {}
+    read_header(weights)
     with file_errors(path, "read"):
-        content = path.read_bytes()
+        path.open("rb").close()
     try:
-        stored = json.loads(content.decode())
+        stored = read_json(path, RECORD_BYTES)
         if stored["encoder"] != sha256(weights):
             return {}
         return _checked(stored["results"])
-    except READ_ERRORS:
+    except READ_ERRORS as error:
+        logger.warning("'%s' is no record of care_hub and is left out (%.200r).", path, error)
         return {}
 
 
-def _checked(results: Record) -> Record:
+def _checked(results: Any) -> Record:
     """`results` under today's names. Raises READ_ERRORS unless numbers are where they belong."""
-    for found in results.get("equivariance", {}).values():
+    check_type(results, dict[str, dict[str, dict[str, Any]]], "results")
+    for name, found in results.get("equivariance", {}).items():
         if "kept" in found:
             found["attributes"] = found.pop("kept")
         found["families"] = _renamed({name: _renamed(of) for name, of in found["families"].items()})
-        _check_equivariance(found)
+        check_type(found, Equivariance, name)
+        if len({tuple(space) for space in found["attributes"].values()}) != 1:
+            raise ValueError("other attributes in one space than in the other")
     for by_label in results.get("accuracy", {}).values():
-        for metrics in by_label.values():
-            check_accuracy({"top1": None} | metrics)  # it must be there
+        for label, metrics in by_label.items():
+            check_type({"top1": None} | metrics, Metrics, label)  # it must be there
     return results
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
     return {FORMER_NAMES.get(name, name): value for name, value in values.items()}
-
-
-def _check_equivariance(found: dict[str, Any]) -> None:
-    spaces = found["attributes"].values()
-    if len({tuple(space) for space in spaces}) != 1:
-        raise ValueError("other attributes in one space than in the other")
-    numbers = [found["images"], found["draws"], *(number for space in spaces for number in space.values())]
-    for measures in found["families"].values():
-        for mean, low, high in measures.values():
-            if (mean, low, high) != (None, None, None):
-                numbers += [mean, low, high]
-    check_numbers(numbers)
-
-
-def check_accuracy(metrics: dict[str, Any]) -> None:
-    """Raise TypeError or AttributeError unless `metrics` has numbers where numbers belong."""
-    check_numbers(metrics.get(name, 0) for name in ("top1", "top5", "top1_std", "seeds", "n_train"))
 
 
 def add_result(folder: Path, kind: str, dataset: str, results: dict[str, Any]) -> None:

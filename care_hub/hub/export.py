@@ -3,9 +3,9 @@
 Nothing in such a folder is trusted, since it may come from a stranger; nothing is unpickled.
 """
 
+import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config import EncoderConfig, ProjectionConfig
 from ..errors import CareHubError
-from ..files import file_errors, replacement, write_tensors
+from ..files import check_tensors, file_errors, own_file, read_header, replacement, write_tensors
 
-CONFIG_BYTES = 1 << 20
+JSON_BYTES = 1 << 20
 PENDING = ".pending-"  # and its sha256: a file whose place another has as yet
 # What reading a stranger's JSON may raise.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -34,13 +32,12 @@ def export_folder(source: str | Path) -> Path:
     What a killed writer left undone there is finished. Raises CareHubError for anything else.
     """
     for folder in (Path(source) / "export", Path(source)):
-        with file_errors(folder, "read"):
-            if (folder / "config.json").is_file():
-                with suppress(CareHubError):  # not this user's to write
-                    if any(folder.glob(f"{PENDING}*")):  # of a writer that is at work, or was killed
-                        with folder_lock(folder):
-                            settle(folder, read_config(folder)[0].sha256)
-                return folder
+        if own_file(folder / "config.json"):
+            with suppress(CareHubError, ValueError):  # not this user's to write, or a stranger's
+                if any(folder.glob(f"{PENDING}*")):  # of a writer that is at work, or was killed
+                    with folder_lock(folder):
+                        settle(folder, read_config(folder)[0].sha256)
+            return folder
     raise CareHubError(f"'{source}' is not an export folder or a run folder with one (no config.json there).")
 
 
@@ -51,27 +48,22 @@ def read_config(folder: Path) -> tuple[EncoderConfig, dict[str, Any]]:
     """
     path = folder / "config.json"
     try:
-        if path.stat().st_size > CONFIG_BYTES:
-            raise ValueError(f"{path.stat().st_size:,} bytes")
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        _check(whole["care"])
+        whole = read_json(path)
         return EncoderConfig.from_json(whole["care"]), whole
     except (*READ_ERRORS, CareHubError) as error:
         raise CareHubError(f"'{path}' is not a care_hub configuration ({error!r:.200}).") from error
 
 
-def _check(care: dict[str, Any]) -> None:
-    """Raise READ_ERRORS unless `care` has what an EncoderConfig takes, and its results are numbers."""
-    head = care.get("projection")
-    check_numbers([care.get("weight", 0), *care.get("results", {}).values()])
-    sound = {
-        "model": isinstance(care["model"], str),
-        "projection": head is None or set(head) == {"inputs", "hidden", "outputs", "norm"},
-        **{name: isinstance(care.get(name, {}), dict) for name in ("training", "versions", "sha256")},
-    }
-    for name, is_sound in sound.items():
-        if not is_sound:
-            raise ValueError(f"{name} {care[name]!r}")
+def read_json(path: Path, most: int = JSON_BYTES) -> Any:
+    """What a JSON file of at most `most` bytes contains, itself not yet checked.
+
+    Raises READ_ERRORS, and CareHubError for what is no regular file of its folder.
+    """
+    if not own_file(path):
+        raise FileNotFoundError(errno.ENOENT, "there is none")
+    if path.stat().st_size > most:
+        raise ValueError(f"{path.stat().st_size:,} bytes")
+    return json.loads(path.read_bytes().decode())
 
 
 def check_numbers(values: Iterable[object]) -> None:
@@ -100,9 +92,10 @@ def sha256(path: Path) -> str:
 
 def check_sums(folder: Path, sums: dict[str, str]) -> None:
     """Raise CareHubError if a file in `folder` has another sha256 than in `sums`; some may be absent."""
-    for name, expected in sums.items():
-        path = folder / Path(name).name
-        if path.is_file() and sha256(path) != expected:
+    for path in filter(lambda path: path.name in sums, folder.iterdir()):
+        if own_file(path) and path.suffix == ".safetensors":
+            read_header(path)  # the file is as long as it says
+        if sha256(path) != sums[path.name]:
             raise CareHubError(f"'{path}' is damaged: its sha256 is wrong; fetch or export it again.")
 
 
@@ -135,41 +128,19 @@ def copy_export(folder: Path, target: Path) -> None:
     with folder_lock(target):
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
             there = target / path.name
-            if path.is_file() and not path.name.startswith(".") and not there.exists():
+            if path.name.startswith(".") or path.is_dir() or there.exists():
+                continue
+            if own_file(path):
                 with replacement(there) as new:
                     shutil.copyfile(path, new)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. CareHubError if it is missing, cut short or not finite."""
-    try:
-        path.open("rb").close()  # safetensors calls missing what it may not read
-        state = load_file(path)
-    except FileNotFoundError:
-        raise CareHubError(f"'{path}' is missing; the export is incomplete.") from None
-    except SafetensorError as error:
-        raise CareHubError(f"'{path}' is not a complete safetensors file ({error}).") from error
-    except (OSError, ValueError) as error:
-        raise CareHubError(f"'{path}' can't be read ({getattr(error, 'strerror', error)}).") from error
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not math.isfinite(float(tensor.double().abs().sum())):
-            raise CareHubError(f"'{path}' contains values that are not finite numbers (in {name}).")
-    return state
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Load `state`, read from `path`, into `module`.
 
-    Raises CareHubError with the first name or shape that differs.
+    Raises CareHubError with the first name, shape, dtype or value that does not fit: see `check_tensors`.
     """
-    shapes = {k: tuple(v.shape) for k, v in state.items()}
-    expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    for name in expected | shapes:
-        wanted, found = expected.get(name), shapes.get(name)
-        if wanted != found:
-            raise CareHubError(
-                f"'{path}' does not fit its architecture: {name} should be {wanted} and is {found}."
-            )
+    check_tensors(state, module.state_dict(), path)
     module.load_state_dict(state)
 
 

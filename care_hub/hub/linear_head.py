@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from safetensors import safe_open
+import torch
 from torch import Tensor
 
+from ..config import check_type
 from ..errors import CareHubError
-from ..files import make_folder, write_tensors, write_text
-from .evaluation_record import check_accuracy
-from .export import READ_ERRORS, folder_lock, read_config, read_tensors, sha256
+from ..files import make_folder, own_file, read_header, read_tensors, write_tensors, write_text
+from .evaluation_record import Metrics
+from .export import READ_ERRORS, folder_lock, read_config, sha256
 
 PREFIX = "linear_head."
 Features = TypeVar("Features", Tensor, np.ndarray)
@@ -69,25 +70,25 @@ class LinearHead:
         weights than those beside it.
         """
         path = Path(path)
-        tensors = read_tensors(path)
+        header, about = read_header(path)
         try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-            weight, bias = tensors["weight"].float(), tensors["bias"].float()
+            shape, bias_shape = tuple(header["weight"].shape), tuple(header["bias"].shape)
             names, metrics = json.loads(about["class_names"]), json.loads(about["metrics"])
-            if not isinstance(names, list):
-                raise TypeError(f"class_names {names!r:.50}")
-            check_accuracy(metrics)
-            head = cls(about["dataset"], weight, bias, names, metrics, about.get("encoder", ""))
+            check_type(names, list[str], "class_names")
+            check_type(metrics, Metrics, "metrics")
+            dataset = about["dataset"]
         except READ_ERRORS as error:
-            raise CareHubError(f"'{path}' is not a linear head of care_hub ({error}).") from error
-        shape, bias_shape, classes = tuple(weight.shape), tuple(bias.shape), len(names)
-        if len(shape) != 2 or bias_shape != shape[:1] or classes != shape[0]:
+            raise CareHubError(f"'{path}' is not a linear head of care_hub ({error!r:.200}).") from error
+        classes = len(names)
+        if len(shape) != 2 or bias_shape != shape[:1] or classes != shape[0] or not classes:
             raise CareHubError(f"'{path}' contradicts itself: {shape}, {bias_shape}, {classes} classes.")
-        if "sha256" in about and about["sha256"] != _content_sum(weight, bias, about):
+        own = {"weight": torch.empty(shape, device="meta"), "bias": torch.empty(bias_shape, device="meta")}
+        tensors = {name: tensor.float() for name, tensor in read_tensors(path, own).items()}
+        if "sha256" in about and about["sha256"] != _content_sum(tensors["weight"], tensors["bias"], about):
             raise CareHubError(f"'{path}' is damaged: its sha256 is wrong; fetch it or train it again.")
+        head = cls(dataset, **tensors, class_names=names, metrics=metrics, encoder=about.get("encoder", ""))
         backbone = path.parent / "model.safetensors"
-        if head.encoder and backbone.is_file() and sha256(backbone) != head.encoder:
+        if head.encoder and own_file(backbone) and read_header(backbone) and sha256(backbone) != head.encoder:
             raise CareHubError(f"'{path}' was trained on other weights than '{backbone}'; train it again.")
         return head
 

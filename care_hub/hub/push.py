@@ -6,11 +6,10 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 
 from ..errors import CareHubError
-from .card import card_text
+from ..files import own_file
+from .card import README_BYTES, card_text
 from .client import FILES, ask, check_name, make_client
 from .export import export_folder
-
-README_BYTES = 1 << 20
 
 
 def push_folder(
@@ -43,7 +42,7 @@ def push_folder(
         # Made anew for each attempt, since the client marks what it has sent.
         files = [CommitOperationAdd("README.md", card.encode())]
         for path in sorted(folder.iterdir()):
-            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in [*FILES, "*.png"]):
+            if any(fnmatch(path.name, pattern) for pattern in [*FILES, "*.png"]) and own_file(path):
                 files.append(CommitOperationAdd(path.name, path))
         message = commit_message or "Upload a CARE encoder with care_hub"
         return client.create_commit(

@@ -80,8 +80,10 @@ def _installed() -> dict[str, Entry]:
             if doubled := found.keys() & theirs.keys():
                 raise CareHubError(f"there is already an encoder '{min(doubled)}'")
             found |= theirs
-        except Exception as error:  # another package's fault must not break this one
-            warnings.warn(f"the encoders of '{point.value}' can't be registered ({error}).", stacklevel=2)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # another package's fault, as sys.exit(), must not end this one
+            warnings.warn(f"the encoders of '{point.value}' can't be registered ({error!r}).", stacklevel=2)
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from ..errors import CareHubError
-from ..files import write_text
+from ..files import own_file, write_text
 from ..hub.card import Row
 from ..metrics import FINAL_GEOMETRY, METRICS
 from .figures import PANELS, logged_metrics, plot_curves, plot_geometry, run_colors
@@ -107,7 +107,7 @@ def _geometry_part(dataset: str, runs: list[Run], colors: dict[str, str]) -> dic
 
 def _sheet(run: Run) -> str:
     """The run's sheet of nearest neighbors as base64, empty if there is none."""
-    found = [path for name in SHEETS if (path := run.path / "export" / name).is_file()]
+    found = [path for name in SHEETS if own_file(path := run.path / "export" / name)]
     return base64.b64encode(found[0].read_bytes()).decode() if found else ""
 
 

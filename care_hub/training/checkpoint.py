@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CareHubError
-from ..files import file_errors, make_folder, write_tensors
-from ..hub.export import READ_ERRORS, read_tensors, sha256
+from ..files import file_errors, make_folder, read_tensors, write_tensors
+from ..hub.export import READ_ERRORS, sha256
 
 logger = logging.getLogger(__name__)
 Tensors = dict[str, Tensor]
