@@ -72,10 +72,10 @@ def note_views() -> None:
         seen.append([a + b for a, b in zip(first, second, strict=True)])
         return apply(images, params, config)
 
-    def writing(setup, session, done):
+    def writing(setup, session, *arguments):
         rank, processes = setup.accelerator.process_index, setup.accelerator.num_processes
         (session.folder / f"views-{rank}-of-{processes}.json").write_text(json.dumps(seen))
-        result = finish(setup, session, done)
+        result = finish(setup, session, *arguments)
         seen.clear()
         return result
 

@@ -174,7 +174,6 @@ OTHERS = [
     *(("info", name) for name in ("", "a/b/c", "../up", "resnet10_w16_small.care_shape", "a b/c", "-")),
     ("push", "{encoder}", "not a name"),
     ("push", "{encoder}"),
-    ("list", "--author", "someone", "--hub"),
     ("nonsense",),
     ("--nonsense",),
 ]

@@ -113,7 +113,7 @@ def ask(call: Callable[[], Result], repo_id: str, token: str | None, revision: s
     Raises CareHubError for whatever the client raises, and where no answer comes in ANSWER_SECONDS. Its
     message names `repo_id` and `revision`, and never contains `token`.
     """
-    pauses = iter(RETRY_SECONDS)
+    pauses, began = iter(RETRY_SECONDS), time.monotonic()
     while True:
         try:
             with _bounded_waits():
@@ -121,7 +121,9 @@ def ask(call: Callable[[], Result], repo_id: str, token: str | None, revision: s
         except CareHubError:
             raise
         except Exception as error:  # the client's own kinds differ between its versions
-            pause = next(pauses, None) if _is_transient(error) else None
+            # The client itself has tried for long, as it does where nothing listens.
+            enough = time.monotonic() - began > ANSWER_SECONDS or not _is_transient(error)
+            pause = None if enough else next(pauses, None)
             if pause is None:
                 raise CareHubError(_sentence(error, repo_id, revision, token)) from None
             time.sleep(pause)
