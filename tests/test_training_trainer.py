@@ -310,7 +310,8 @@ def test_tensorboard_tracker(tmp_path):
     assert list((tmp_path / "t").rglob("events.out.tfevents*"))
 
 
-def test_files_of_a_run_follow_the_umask_and_its_folder_may_have_any_name(tmp_path):
+def test_files_of_a_run_follow_the_umask_and_its_folder_may_have_any_name(photos, tmp_path):
+    data = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32")
     root = tmp_path / os.fsdecode(b"caf\xe9")
     try:
         root.mkdir()
@@ -318,7 +319,7 @@ def test_files_of_a_run_follow_the_umask_and_its_folder_may_have_any_name(tmp_pa
         pytest.skip("this file system takes UTF-8 only")
     before = os.umask(0o027)
     try:
-        said = train_here(root, "--max-steps", "2", "--knn-every", "1", "--run-name", "run")
+        said = train_here(root, *data, "--max-steps", "2", "--knn-every", "1", "--run-name", "run")
     finally:
         os.umask(before)
     files = [path for path in root.rglob("*") if path.is_file()]
