@@ -182,11 +182,11 @@ def two_views(
 ) -> Tensor:
     """Two views of this process's part of a global batch: (b, 3, H, W) -> (2b, 3, size, size).
 
-    The first b rows are the first view. The global batch has b * `processes` images; each of the `draws`
-    augmentations of a view serves an equal number of consecutive ones. With a `stride` they serve every
-    `stride`-th image alone, and the others have one each. All parameters depend on (seed, stream, step)
-    and on the place in the global batch only. `cropped`: the images are crops already, one for both views
-    or, as (b, 2, 3, size, size), one for each.
+    The first b rows are the first view. The global batch has b * `processes` images; each of the
+    `draws` augmentations of a view serves an equal number of consecutive ones. With a `stride`
+    they serve every `stride`-th image alone, and the others have one each. All parameters depend
+    on (seed, stream, step) and on the place in the global batch only. `cropped`: the images are
+    crops already, one for both views or, as (b, 2, 3, size, size), one for each.
 
     >>> images = torch.zeros(8, 3, 40, 48, dtype=torch.uint8)
     >>> two_views(images, AugmentationConfig(size=32), seed=0, step=0, stream="equivariance", draws=2).shape

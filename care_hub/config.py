@@ -415,10 +415,10 @@ class EncoderConfig:
 def check_type(value: Any, hint: Any, name: str, depth: int = 16) -> None:
     """Raise ValueError that names the place, unless `value`, called `name` and out of JSON, is a `hint`.
 
-    `hint` is what a dataclass may declare: bool, int (of 64 bits), float (a finite number), str, None, Any,
-    list[...], tuple[...], dict[str, ...], a union, a TypedDict (which may have other entries too), or a
-    dataclass (others only if it has a field `extra`; None for whatever has a default). Nothing is nested
-    more than `depth` times.
+    `hint` is what a dataclass may declare: bool, int (of 64 bits), float (a finite number), str,
+    None, Any, list[...], tuple[...], dict[str, ...], a union, a TypedDict (which may have other
+    entries too), or a dataclass (others only if it has a field `extra`; None for whatever has a
+    default). Nothing is nested more than `depth` times.
 
     >>> check_type({"lr": [0.1, "0.2"]}, dict[str, list[float]], "care")
     Traceback (most recent call last):

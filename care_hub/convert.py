@@ -38,9 +38,9 @@ IMAGENET = {"encoder_q.fc.": "projection.", "encoder_q.": "backbone."}  # a ResN
 def convert_checkpoint(path: str | Path, out: str | Path, dataset_name: str | None = None) -> Path:
     """Write the export folder `out` from the .pth.tar file `path`.
 
-    Only tensors, plain containers and the argparse.Namespace that CIFAR checkpoints hold are unpickled.
-    `dataset_name` sets the normalization of CIFAR and STL-10 encoders, where the checkpoint does not say it.
-    Raises CareHubError for any other file.
+    Only tensors, plain containers and the argparse.Namespace that CIFAR checkpoints hold are
+    unpickled. `dataset_name` sets the normalization of CIFAR and STL-10 encoders, where the
+    checkpoint does not say it. Raises CareHubError for any other file.
     """
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise CareHubError(f"'{out}' exists and is not an empty folder.")

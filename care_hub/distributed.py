@@ -107,8 +107,8 @@ TWINS: dict[type[nn.Module], type[GlobalBatchNorm]] = {
 def global_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with every BatchNorm seeing the global batch; with one process it stays as it is.
 
-    Parameters and buffers stay the same tensors under the same names. Modules inside are replaced in place;
-    a `module` that is a BatchNorm itself is returned replaced.
+    Parameters and buffers stay the same tensors under the same names. Modules inside are replaced
+    in place; a `module` that is a BatchNorm itself is returned replaced.
     """
     if world()[1] == 1:
         return module
@@ -151,7 +151,8 @@ def from_main(work: Callable[[], T]) -> T:
 class Votes:
     """Questions on which all processes agree at every step, without a wait of the device.
 
-    Answers travel from CPU to CPU, through a group of their own where that of the gradients is the device's.
+    Answers travel from CPU to CPU, through a group of their own where that of the gradients is the
+    device's.
     """
 
     def __init__(self) -> None:

@@ -41,10 +41,11 @@ def embed_folder(
 ) -> str:
     """Embed an image, or a folder of them, into the file `output`; the main process says what was written.
 
-    The suffix of `output` (.parquet, .safetensors or .npy) is its format. The same call resumes one that was
-    interrupted; parts with images that have changed in between are made again. Raises CareHubError for an
-    output that can't be written or that another call is writing, for images that change meanwhile, and for a
-    broken image (unless `skip_broken_images`: it is named and left out).
+    The suffix of `output` (.parquet, .safetensors or .npy) is its format. The same call resumes
+    one that was interrupted; parts with images that have changed in between are made again. Raises
+    CareHubError for an output that can't be written or that another call is writing, for images
+    that change meanwhile, and for a broken image (unless `skip_broken_images`: it is named and
+    left out).
     """
     path = Path(output)
     if path.suffix not in WRITERS:
@@ -132,8 +133,8 @@ class Part:
 def part_key(files: list[str], names: list[str], about: dict[str, str]) -> str:
     """A hash of `about` and of the images' names, sizes and times.
 
-    One image more or less changes the keys of its part and of those that follow, a changed image that of
-    its part.
+    One image more or less changes the keys of its part and of those that follow, a changed image
+    that of its part.
     """
     images = [(name, _version(file)) for name, file in zip(names, files, strict=True)]
     return hashlib.sha256(json.dumps([about, images]).encode()).hexdigest()[:32]
@@ -159,8 +160,8 @@ class PartialEmbeddings:
     def resume(self, skip_broken_images: bool) -> str:
         """What is there of a call that was interrupted, in a sentence; empty if there is nothing.
 
-        Removes what can't be gone on with: a file half written, and unless `skip_broken_images` parts that
-        leave images out. Raises CareHubError for a damaged part.
+        Removes what can't be gone on with: a file half written, and unless `skip_broken_images`
+        parts that leave images out. Raises CareHubError for a damaged part.
         """
         with file_errors(self.folder, "read"):
             for half in self.folder.glob("writing-*"):

@@ -39,7 +39,8 @@ def projection_head(config: ProjectionConfig) -> nn.Sequential:
 class Encoder(nn.Module):
     """An image encoder whose embeddings live on the unit sphere.
 
-    `config` rebuilds it and says where it comes from. `backbone` is built from it where none is given.
+    `config` rebuilds it and says where it comes from. `backbone` is built from it where none is
+    given.
 
     >>> encoder = Encoder.new("resnet10_w16_small", image_size=32, outputs=16)
     >>> encoder.encode(torch.zeros(2, 3, 32, 32)).shape
@@ -66,9 +67,9 @@ class Encoder(nn.Module):
     ) -> "Encoder":
         """An encoder with random weights, from torch's global generator.
 
-        `mean`, `std`: normalization, per channel. `hidden`, `outputs`, `norm`: of the projection head.
-        Raises CareHubError for a model that does not exist or does not take images of this size, and for
-        sizes and statistics that can't be.
+        `mean`, `std`: normalization, per channel. `hidden`, `outputs`, `norm`: of the projection
+        head. Raises CareHubError for a model that does not exist or does not take images of this
+        size, and for sizes and statistics that can't be.
         """
         config = EncoderConfig(model, image_size, crop_pct, mean, std)  # refused, if so, first
         backbone = build_backbone(model, image_size)
@@ -106,8 +107,8 @@ class Encoder(nn.Module):
     def embed(self, x: Tensor, space: str = "projection", dtype: torch.dtype | None = None) -> Tensor:
         """(B, 3, S, S) uint8 or float in [0, 1], of the encoder's own size -> (B, d) float32 on its device.
 
-        In eval mode, whatever mode the encoder is in, which stays. `dtype`: compute under autocast in it.
-        Raises CareHubError for an unknown `space` and for other shapes.
+        In eval mode, whatever mode the encoder is in, which stays. `dtype`: compute under autocast
+        in it. Raises CareHubError for an unknown `space` and for other shapes.
         """
         if space not in SPACES:
             raise CareHubError(f"there is no space '{space}'; choose 'projection' or 'backbone'.")
@@ -125,9 +126,9 @@ class Encoder(nn.Module):
     def evaluating(self, device: torch.device | str | None = None) -> "Encoder":
         """The encoder in eval mode on `device` (by default its own): itself if it is so, else a copy.
 
-        A copy on the same device shares all weights and statistics. Nothing is switched in the encoder
-        itself, since other threads may train it or encode with it. Raises CareHubError for a `device` that
-        can't be used.
+        A copy on the same device shares all weights and statistics. Nothing is switched in the
+        encoder itself, since other threads may train it or encode with it. Raises CareHubError for
+        a `device` that can't be used.
         """
         if device is not None:
             try:
@@ -164,13 +165,14 @@ class Encoder(nn.Module):
     ) -> Any:  # np.ndarray, or Tensor with `convert_to_tensor`
         """Embeddings of `images` as float32 (N, d), in their order.
 
-        `images`: a path, a folder (sorted, with sub-folders), a PIL image, a tensor or array (uint8, or
-        float in [0, 1]; grayscale, RGB or RGBA; channels first or last, as `data.inputs.to_pixels` says), or
-        a batch, sequence or iterable of these, a `datasets` column included. `space`: "projection" for unit
-        vectors, "backbone" for raw features, which `normalize=True` scales to unit length. `device`: where
-        to compute, by default and afterwards where the encoder is. `convert_to_tensor`: give a tensor there,
-        not an array. May be called from several threads, in train mode too. Raises CareHubError for
-        whatever is no image.
+        `images`: a path, a folder (sorted, with sub-folders), a PIL image, a tensor or array
+        (uint8, or float in [0, 1]; grayscale, RGB or RGBA; channels first or last, as
+        `data.inputs.to_pixels` says), or a batch, sequence or iterable of these, a `datasets`
+        column included. `space`: "projection" for unit vectors, "backbone" for raw features, which
+        `normalize=True` scales to unit length. `device`: where to compute, by default and
+        afterwards where the encoder is. `convert_to_tensor`: give a tensor there, not an array.
+        May be called from several threads, in train mode too. Raises CareHubError for whatever is
+        no image.
 
         >>> from PIL import Image
         >>> encoder = Encoder.new("resnet10_w16_small")
@@ -220,10 +222,11 @@ class Encoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write config.json, model.safetensors (backbone, plain timm) and projection.safetensors
-        (if there is a head). Interrupted whenever, it leaves the encoder that was there or this one.
+        (if there is a head). Interrupted whenever, it leaves the encoder that was there or this
+        one.
 
-        `dtype` torch.float16 halves the files: kernels and matrices are rounded to it, vectors are not.
-        Raises CareHubError for a `dtype` of whole numbers, and where nothing can be written.
+        `dtype` torch.float16 halves the files: kernels and matrices are rounded to it, vectors are
+        not. Raises CareHubError for a `dtype` of whole numbers, and where nothing can be written.
         """
         if dtype and not dtype.is_floating_point:
             raise CareHubError(f"weights can't be stored as {dtype}.")
@@ -252,7 +255,8 @@ class Encoder(nn.Module):
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save and upload; returns the address of the commit.
 
-        `options`: private, revision, token, create_pr, commit_message, as in `hub.push.push_folder`.
+        `options`: private, revision, token, create_pr, commit_message, as in
+        `hub.push.push_folder`.
         """
         with TemporaryDirectory() as folder:
             return push_folder(self.save_pretrained(folder), repo_id, **options)

@@ -20,8 +20,8 @@ def printable(text: str) -> str:
 class CareHubError(Exception):
     """A user error: the message says what is wrong and what to do, in one sentence and on one line.
 
-    Options and arguments stand in it as Python writes them, in backticks; the command line makes them flags,
-    and ends with `exit_code`.
+    Options and arguments stand in it as Python writes them, in backticks; the command line makes
+    them flags, and ends with `exit_code`.
     """
 
     exit_code = 1

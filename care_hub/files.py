@@ -96,8 +96,9 @@ def make_folder(path: str | Path) -> Path:
 def own_file(path: Path) -> bool:
     """Whether there is a file `path`. Raises CareHubError for what is no regular file of its folder.
 
-    A stranger's folder may contain a pipe, a device, or a link to a file that is not the stranger's. Links
-    in a cache of the Hub (models--org--name/snapshots/revision) lead to its folders `blobs`.
+    A stranger's folder may contain a pipe, a device, or a link to a file that is not the
+    stranger's. Links in a cache of the Hub (models--org--name/snapshots/revision) lead to its
+    folders `blobs`.
     """
     with file_errors(path, "read"):
         try:
@@ -134,7 +135,8 @@ def _opened(path: Path) -> Iterator[safe_open]:
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file without their values, on `meta`, and its metadata.
 
-    Nothing else of the file is read. Raises CareHubError if it is missing, cut short, or of other dtypes.
+    Nothing else of the file is read. Raises CareHubError if it is missing, cut short, or of other
+    dtypes.
     """
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in sorted(file.keys())}
@@ -150,7 +152,8 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def read_tensors(path: Path, own: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """All tensors of a safetensors file, once its header has shown that they are like `own`, if given.
 
-    Raises CareHubError if it is missing, cut short, not finite, or does not fit: see `check_tensors`.
+    Raises CareHubError if it is missing, cut short, not finite, or does not fit: see
+    `check_tensors`.
     """
     header, _ = read_header(path)
     own = header if own is None else own
@@ -164,8 +167,8 @@ def read_tensors(path: Path, own: dict[str, Tensor] | None = None) -> dict[str, 
 def check_tensors(found: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:
     """Raise CareHubError with the first of `found`, out of `path`, that can't take the place of `own`.
 
-    Names and shapes are equal. So are dtypes, but that weights may be in float32, float16 or bfloat16.
-    Values are finite, but for those that are equal. Tensors on `meta` have no values.
+    Names and shapes are equal. So are dtypes, but that weights may be in float32, float16 or
+    bfloat16. Values are finite, but for those that are equal. Tensors on `meta` have no values.
     """
     for name in own | found:
         mine, given = own.get(name), found.get(name)

@@ -20,8 +20,9 @@ SUBTYPES = ("infonce", "alignment", "uniformity", "none")
 def info_nce(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """InfoNCE (NT-Xent) of SimCLR: mean over the 2B anchors i of -log(e^{s+ / t} / sum_{k != i} e^{s_k / t}).
 
-    s_k is the cosine similarity to view k, s+ that to the other view of the same image. Written as a
-    cross-entropy, which can't overflow. Source: van den Oord et al. 2018, eq. 4; Chen et al. 2020, eq. 1.
+    s_k is the cosine similarity to view k, s+ that to the other view of the same image. Written as
+    a cross-entropy, which can't overflow. Source: van den Oord et al. 2018, eq. 4; Chen et al.
+    2020, eq. 1.
 
     >>> info_nce(torch.eye(3), torch.eye(3), temperature=0.5)  # log(1 + 4 / e^2)
     tensor(0.4327)
@@ -71,10 +72,11 @@ def contrastive(z1: Tensor, z2: Tensor, temperature: float, subtype: str = "info
 def equivariance(z1: Tensor, z2: Tensor, groups: int) -> Tensor:
     """Orthogonal equivariance: changing the augmentation of a group must not change its Gram matrix.
 
-    Rows are `groups` consecutive groups of m = B / groups images. In a group all rows of `z1` share one
-    augmentation a and all rows of `z2` another, ã. The Gram matrices agree exactly if an orthogonal R
-    turns the one set into the other. Per group: mean over rows i of 2 sum_{j != i} (z1_i.z1_j - z2_i.z2_j)^2,
-    then the mean over groups. It grows with m, so λ and the number of groups belong together.
+    Rows are `groups` consecutive groups of m = B / groups images. In a group all rows of `z1`
+    share one augmentation a and all rows of `z2` another, ã. The Gram matrices agree exactly if an
+    orthogonal R turns the one set into the other. Per group: mean over rows i of 2 sum_{j != i}
+    (z1_i.z1_j - z2_i.z2_j)^2, then the mean over groups. It grows with m, so λ and the number of
+    groups belong together.
 
     Source: Gupta et al. 2024, eq. 3 (population form), and their code (constants).
     Raises CareHubError if B does not divide into groups of at least 2.

@@ -76,8 +76,8 @@ def relative_equivariance(z: Tensor, z_a: Tensor) -> Tensor:
     """(N, N): the terms of gamma, the relative rotational equivariance (lower is better),
     (|f(ax') - f(ax)|^2 - |f(x') - f(x)|^2)^2 / (|f(ax') - f(x')|^2 + |f(ax) - f(x)|^2)^2.
 
-    It says how much distances change, relative to how much the embeddings move; 0 where nothing moves.
-    Source: Gupta et al. 2024, section 4.2.
+    It says how much distances change, relative to how much the embeddings move; 0 where nothing
+    moves. Source: Gupta et al. 2024, section 4.2.
 
     >>> relative_equivariance(torch.eye(2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))  # a rotation
     tensor([[0., 0.],
@@ -149,7 +149,8 @@ def retrieval_ranks(queries: Tensor, candidates: Tensor) -> Tensor:
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """(B,): the mean of `values` under each row of `weights` (B, N).
 
-    `values` are (N,) terms of images, or (N, N) terms of pairs, of which those of different images count.
+    `values` are (N,) terms of images, or (N, N) terms of pairs, of which those of different images
+    count.
 
     >>> weighted_mean(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([[1.0, 1.0, 1.0], [3.0, 0.0, 0.0]]))
     tensor([3., 1.])
@@ -180,9 +181,9 @@ def bootstrap_weights(count: int, times: int, generator: torch.Generator) -> Ten
 def bootstrap_interval(statistics: Tensor, generator: torch.Generator) -> tuple[float, float, float]:
     """(mean, lower end, upper end) of a 95 % interval.
 
-    `statistics` (K, 1 + B): K random augmentations, each under the 1 + B `bootstrap_weights` of the
-    images. The augmentations are resampled too, independently of the images; the ends are percentiles.
-    Source: Owen 2007, "The pigeonhole bootstrap".
+    `statistics` (K, 1 + B): K random augmentations, each under the 1 + B `bootstrap_weights` of
+    the images. The augmentations are resampled too, independently of the images; the ends are
+    percentiles. Source: Owen 2007, "The pigeonhole bootstrap".
 
     >>> bootstrap_interval(torch.full((3, 201), 0.5), torch.Generator().manual_seed(0))
     (0.5, 0.5, 0.5)
@@ -198,9 +199,9 @@ def knn_scores(
 ) -> Tensor:
     """(M, classes) votes of the k nearest neighbors of each query.
 
-    `bank` (N, d) with `labels` (N,), `queries` (M, d); k is cut to N. A neighbor of cosine similarity s
-    votes for its label with e^{s / temperature}. Runs in chunks, so that memory stays bounded.
-    Source: Wu et al. 2018; k = 200, temperature = 0.5 as in the public CARE code.
+    `bank` (N, d) with `labels` (N,), `queries` (M, d); k is cut to N. A neighbor of cosine
+    similarity s votes for its label with e^{s / temperature}. Runs in chunks, so that memory stays
+    bounded. Source: Wu et al. 2018; k = 200, temperature = 0.5 as in the public CARE code.
 
     >>> knn_scores(torch.eye(2), torch.tensor([1, 0]), torch.tensor([[1.0, 0.0]]), classes=2, k=1)
     tensor([[0.0000, 7.3891]])

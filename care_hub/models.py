@@ -187,8 +187,9 @@ def build_backbone(model: str, image_size: int) -> Backbone:
 def feature_width(backbone: Backbone, image_size: int) -> int:
     """d of the (N, d) features of a network, by what it makes of a black image.
 
-    timm's `num_features` is the width before the head, where some architectures have further layers.
-    Raises CareHubError for a network that does not take images of `image_size` pixels, or gives no vectors.
+    timm's `num_features` is the width before the head, where some architectures have further
+    layers. Raises CareHubError for a network that does not take images of `image_size` pixels, or
+    gives no vectors.
     """
     training, name = backbone.training, backbone.pretrained_cfg["architecture"]
     try:
@@ -233,7 +234,8 @@ def timm_config(config: EncoderConfig, backbone: Backbone) -> dict[str, Any]:
 def to_plain(state: dict[str, Tensor], stem: Stem) -> dict[str, Tensor]:
     """Weights of a SmallImageResNet -> those of plain timm's `stem.plain` with `replace_stem_pool`.
 
-    Exactly equivalent in eval mode on an image enlarged `stem.upsampling` times by nearest neighbor.
+    Exactly equivalent in eval mode on an image enlarged `stem.upsampling` times by nearest
+    neighbor.
     """
     small = state["conv1.weight"]
     width, places = len(small), stem.kernel_places

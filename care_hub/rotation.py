@@ -33,10 +33,10 @@ class HasFingerprint(Protocol):
 def procrustes(z: Tensor, z_t: Tensor, special: bool = False) -> Tensor:
     """The orthogonal R (d, d) that minimizes sum_i |z_t_i - R z_i|^2.
 
-    `z`, `z_t`: (N, d), or (..., N, d) for many problems at once; computed in float64. `special=True`
-    restricts R to proper rotations (det R = +1) by flipping the weakest singular direction. Raises
-    CareHubError for shapes that differ, no embeddings, and values that are not finite.
-    Source: Schoenemann 1966; Wahba 1965: B = sum_i z_t_i z_i^T = U S V^T, R = U V^T.
+    `z`, `z_t`: (N, d), or (..., N, d) for many problems at once; computed in float64.
+    `special=True` restricts R to proper rotations (det R = +1) by flipping the weakest singular
+    direction. Raises CareHubError for shapes that differ, no embeddings, and values that are not
+    finite. Source: Schoenemann 1966; Wahba 1965: B = sum_i z_t_i z_i^T = U S V^T, R = U V^T.
 
     >>> procrustes(torch.eye(2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])).round() + 0.0
     tensor([[ 0., -1.],
@@ -86,8 +86,8 @@ class Rotation:
     ) -> "Rotation":
         """The R with z_t ≈ R z in the least squares sense; `z`, `z_t` as in `procrustes`, or arrays.
 
-        `special`: proper rotations only, which have fractional powers. `encoder`: whose embeddings these
-        are, an `Encoder` or its fingerprint. Raises CareHubError as `procrustes` does.
+        `special`: proper rotations only, which have fractional powers. `encoder`: whose embeddings
+        these are, an `Encoder` or its fingerprint. Raises CareHubError as `procrustes` does.
 
         >>> z = torch.nn.functional.normalize(torch.arange(12.0).view(4, 3).sin())
         >>> Rotation.fit(z, z.roll(1, dims=1)).matrix.round().abs()
@@ -145,8 +145,8 @@ class Rotation:
     def power(self, t: float) -> "Rotation":
         """R^t, every rotation angle times t: `power(0.5)` is half the rotation.
 
-        Raises CareHubError for a fractional power of a reflection (det -1), which is not real, and for a
-        `t` that is not finite or above 2^53, whose angles nobody knows.
+        Raises CareHubError for a fractional power of a reflection (det -1), which is not real, and
+        for a `t` that is not finite or above 2^53, whose angles nobody knows.
 
         >>> half_turn = Rotation(-torch.eye(2))
         >>> quarter_turn = half_turn.power(0.5)
@@ -230,8 +230,9 @@ def _nearest_orthogonal(matrix: Tensor) -> Tensor:
 def _fractional_power(r: Tensor, t: float) -> Tensor:
     """R^t of a proper rotation (d, d).
 
-    The Cayley transform i (I - R)(I + R)^-1 is Hermitian with eigenvalues tan(angle / 2). It has no value
-    for half turns (R = -1); these directions are taken in pairs and turned by t half turns in their plane.
+    The Cayley transform i (I - R)(I + R)^-1 is Hermitian with eigenvalues tan(angle / 2). It has
+    no value for half turns (R = -1); these directions are taken in pairs and turned by t half
+    turns in their plane.
     """
     eye = torch.eye(len(r)).to(r)
     _, size, vh = linalg.svd(r + eye)

@@ -131,8 +131,8 @@ def evaluate_knn(
 ) -> dict[str, Any]:
     """`care-hub knn`: weighted kNN top-1 on backbone features.
 
-    The training images vote, or `bank` of them. Saved beside an encoder that is a folder. Returns the
-    result on the main process, and an empty dict on the others. Raises CareHubError.
+    The training images vote, or `bank` of them. Saved beside an encoder that is a folder. Returns
+    the result on the main process, and an empty dict on the others. Raises CareHubError.
     """
     accelerator = inference_accelerator()
     encoder = Encoder.from_folder(locate(source)).to(accelerator.device)
@@ -161,9 +161,9 @@ def evaluate_equivariance(
     """`care-hub equivariance`: rotations by augmentation family, and attribute probes.
 
     Each of the encoders `names` sees the same `images` test images under the same augmentations;
-    "full recipe" is that of the first. Results are saved beside each encoder that is a folder; tables
-    and figures of all of them in `output`. The main process does it all, alone; the others return an
-    empty dict at once. Raises CareHubError.
+    "full recipe" is that of the first. Results are saved beside each encoder that is a folder;
+    tables and figures of all of them in `output`. The main process does it all, alone; the others
+    return an empty dict at once. Raises CareHubError.
     """
     accelerator = inference_accelerator()
     if not accelerator.is_main_process:

@@ -66,8 +66,8 @@ def recorded_augmentation(config: EncoderConfig) -> AugmentationConfig:
 def augmentations(family: str, config: AugmentationConfig, draws: int, seed: int = 0) -> list[Augmentation]:
     """`draws` random augmentations of a family, each the same for all images, without normalization.
 
-    They depend on `seed` alone, so that encoders are compared on the same ones. Raises CareHubError for an
-    unknown family.
+    They depend on `seed` alone, so that encoders are compared on the same ones. Raises
+    CareHubError for an unknown family.
     """
     if family not in FAMILIES or draws < 1:
         known = ", ".join(FAMILIES)
@@ -93,9 +93,10 @@ def _augment_alike(config: AugmentationConfig, seed: int, k: int, images: Tensor
 def rotation_errors(z: Tensor, views: Iterable[Tensor]) -> dict[str, float]:
     """Rotation error, invariance error, their ratio and the Gram deviation, each a mean over `views`.
 
-    `z` (N, d): embeddings of N images; each of `views` (N, d): the same images under one augmentation.
-    The first half fits R in O(d) (Wahba's problem), the second half is measured. The ratio is taken
-    per view, then averaged: 1 means that rotating helps nothing, NaN that nothing moved.
+    `z` (N, d): embeddings of N images; each of `views` (N, d): the same images under one
+    augmentation. The first half fits R in O(d) (Wahba's problem), the second half is measured. The
+    ratio is taken per view, then averaged: 1 means that rotating helps nothing, NaN that nothing
+    moved.
     """
     weights = torch.ones(1, (len(z) + 1) // 2, dtype=z.dtype)
     mean = partial(metrics.weighted_mean, weights=weights)
@@ -169,9 +170,10 @@ def measure_equivariance(
 ) -> dict[str, dict[str, tuple[float, float, float]]]:
     """family -> metric -> (mean, lower, upper end of a 95 % bootstrap interval over images and draws).
 
-    `images` (N, 3, S, S) uint8 of the encoder's size: rotations are fitted on the first half and stay
-    as they are, the second half is measured. Compositions b(a(x)) are those of an augmentation and the
-    one before it, for every fourth one. A ratio to a motion of nothing (flipping twice) is NaN.
+    `images` (N, 3, S, S) uint8 of the encoder's size: rotations are fitted on the first half and
+    stay as they are, the second half is measured. Compositions b(a(x)) are those of an
+    augmentation and the one before it, for every fourth one. A ratio to a motion of nothing
+    (flipping twice) is NaN.
     """
     z = embed_view(encoder, images)
     weights = metrics.bootstrap_weights((len(z) + 1) // 2, RESAMPLES, seeded_generator(seed, "bootstrap"))

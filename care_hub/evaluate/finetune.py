@@ -35,9 +35,10 @@ def finetune(
     """A head for each seed, and the encoder of the first; `encoder` itself stays as it was.
 
     SGD with a cosine schedule on random crops (area 0.25 to 1) and flips. The head starts from the
-    linear probe, which keeps the features from being distorted early on (Kumar et al. 2022, "LP-FT").
-    Order and augmentation depend on the seed and the place in the global batch, never on the number of
-    processes. An optimizer step averages as many batches as Accelerate's gradient_accumulation_steps says.
+    linear probe, which keeps the features from being distorted early on (Kumar et al. 2022,
+    "LP-FT"). Order and augmentation depend on the seed and the place in the global batch, never on
+    the number of processes. An optimizer step averages as many batches as Accelerate's
+    gradient_accumulation_steps says.
     """
     if accelerator.is_main_process and (count := accelerator.gradient_accumulation_steps) > 1:
         logger.info("a step averages %d batches, by Accelerate's gradient_accumulation_steps", count)

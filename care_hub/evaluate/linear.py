@@ -40,9 +40,9 @@ def fit_linear(
 ) -> WeightAndBias:
     """(weight (C, d), bias (C,)) that minimize mean cross-entropy + penalty * |W|^2 / 2.
 
-    W acts on the standardized `features` (N, d); the standardization is folded into what is returned.
-    Convex, solved by L-BFGS in at most `steps` steps from `start` (default: zeros). Raises CareHubError for
-    features that are not finite.
+    W acts on the standardized `features` (N, d); the standardization is folded into what is
+    returned. Convex, solved by L-BFGS in at most `steps` steps from `start` (default: zeros).
+    Raises CareHubError for features that are not finite.
     """
     if not features.isfinite().all():
         raise CareHubError("some features are not finite numbers; the encoder's weights may be damaged.")

@@ -110,8 +110,8 @@ def find_repositories(author: str | None = None) -> list[str]:
 def ask(call: Callable[[], Result], repo_id: str, token: str | None, revision: str | None = None) -> Result:
     """`call()`, again after a pause where the Hub or the connection failed.
 
-    Raises CareHubError for whatever the client raises, and where no answer comes in ANSWER_SECONDS. Its
-    message names `repo_id` and `revision`, and never contains `token`.
+    Raises CareHubError for whatever the client raises, and where no answer comes in
+    ANSWER_SECONDS. Its message names `repo_id` and `revision`, and never contains `token`.
     """
     pauses, began = iter(RETRY_SECONDS), time.monotonic()
     while True:
@@ -133,8 +133,8 @@ def ask(call: Callable[[], Result], repo_id: str, token: str | None, revision: s
 def _bounded_waits() -> Iterator[None]:
     """For `with`: no wait for an answer is longer than ANSWER_SECONDS.
 
-    Left alone, the client waits for some answers forever, asks again for minutes (which uploads may), and
-    sleeps as long as an answer says.
+    Left alone, the client waits for some answers forever, asks again for minutes (which uploads
+    may), and sleeps as long as an answer says.
     """
     hooks = getattr(get_session(), "event_hooks", None) or {"request": [], "response": []}
     unanswered: dict[int, float] = {}  # thread -> since when

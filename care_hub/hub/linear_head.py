@@ -66,8 +66,8 @@ class LinearHead:
     def load(cls, path: str | Path) -> "LinearHead":
         """Read one file.
 
-        Raises CareHubError if it is not a head, is damaged or cut short, or belongs to other backbone
-        weights than those beside it.
+        Raises CareHubError if it is not a head, is damaged or cut short, or belongs to other
+        backbone weights than those beside it.
         """
         path = Path(path)
         header, about = read_header(path)

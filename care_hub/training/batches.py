@@ -43,8 +43,8 @@ def make_views(
     """The pair for InfoNCE (sampled per image) and, for CARE, the pair sampled per group; one pair
     where shared.
 
-    `batch`: (b, 3, H, W), or ((b, 2, 3, S, S), and for the second pair the same or None). `step` counts
-    micro-batches. Each pair is (2b, 3, S, S), first view then second.
+    `batch`: (b, 3, H, W), or ((b, 2, 3, S, S), and for the second pair the same or None). `step`
+    counts micro-batches. Each pair is (2b, 3, S, S), first view then second.
     """
     cut = not isinstance(batch, Tensor)
     first, second = (batch, batch) if isinstance(batch, Tensor) else batch

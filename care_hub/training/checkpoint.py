@@ -42,8 +42,8 @@ def resumable(run: Path) -> Iterator[None]:
 class CheckpointWriter:
     """Saves checkpoints in `folder`, that of a run, one at a time, in a thread.
 
-    A training step waits for a copy of the tensors, not for the disk. `step`: of the checkpoint from which
-    the run was resumed, which is not written again.
+    A training step waits for a copy of the tensors, not for the disk. `step`: of the checkpoint
+    from which the run was resumed, which is not written again.
     """
 
     def __init__(self, folder: Path, step: int | None = None):

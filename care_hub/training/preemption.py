@@ -42,8 +42,8 @@ class Preemption:
     """Within it SIGTERM, SIGINT, SIGHUP and the signal named `also` ask the run to stop; a second one ends
     the process at once.
 
-    SIGHUP stays ignored where it was, as under nohup; but what comes from torchrun, which then kills, counts.
-    In another thread than the main one only the launcher's end is noticed.
+    SIGHUP stays ignored where it was, as under nohup; but what comes from torchrun, which then
+    kills, counts. In another thread than the main one only the launcher's end is noticed.
     """
 
     def __init__(self, also: str):

@@ -48,8 +48,8 @@ SHEET_IMAGES = 2000  # among which neighbors are looked for
 def open_run(config: TrainConfig) -> Iterator[Path]:
     """For `with`: make the run folder and write config.yaml, or find the one to resume; it is then locked.
 
-    All processes call it, and get the same. Raises CareHubError, on all of them, if the folder exists, can't
-    be made or is in use.
+    All processes call it, and get the same. Raises CareHubError, on all of them, if the folder
+    exists, can't be made or is in use.
     """
     with ExitStack() as stack:
         yield Path(config.save_root) / from_main(lambda: _open(config, stack))
@@ -70,8 +70,9 @@ def _open(config: TrainConfig, stack: ExitStack) -> str:
 def _lock(folder: Path) -> TextIO:
     """A file in `folder` which only one process has at a time. Raises CareHubError if another has it.
 
-    The lock is the system's: it ends when the file is closed or the process ends, however it does. Unlike
-    that of filelock, it isn't inherited by loader processes, which outlive a killed one by seconds.
+    The lock is the system's: it ends when the file is closed or the process ends, however it does.
+    Unlike that of filelock, it isn't inherited by loader processes, which outlive a killed one by
+    seconds.
     """
     with file_errors(folder):
         file = open(folder / ".lock", "a+")  # noqa: SIM115
@@ -132,8 +133,8 @@ def restore(
 ) -> tuple[int, float]:
     """Weights, optimizer and position of the newest sound checkpoint -> (step, seconds trained).
 
-    All else follows from the seed. Logs the `conditions` that have changed. Raises CareHubError if all are
-    damaged or another model's.
+    All else follows from the seed. Logs the `conditions` that have changed. Raises CareHubError if
+    all are damaged or another model's.
     """
 
     def load(path: Path) -> tuple[dict, dict]:
@@ -173,8 +174,8 @@ def conditions(accelerator: Accelerator) -> dict[str, int | str]:
 def rehearse(encoder: Encoder, images: int) -> None:
     """Save the untrained encoder, load it again, and take a gradient of the copy on `images` black images.
 
-    So what would fail at the end of a run does so before its first step. Nothing is left behind, the global
-    random state included. Raises CareHubError.
+    So what would fail at the end of a run does so before its first step. Nothing is left behind,
+    the global random state included. Raises CareHubError.
     """
     size, model = encoder.config.image_size, encoder.config.model
     with torch.random.fork_rng([]):

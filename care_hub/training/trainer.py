@@ -74,8 +74,8 @@ def train(config: TrainConfig) -> dict[str, float]:
     """Train, evaluate and export as `config` says; returns what is written to results.json.
 
     Progress goes to the `care_hub` logger. The global random state is left as it was. Raises
-    CareHubError for user errors; everything up to the last checkpoint is kept then. Raises Preempted,
-    which is one, if the run was asked to stop.
+    CareHubError for user errors; everything up to the last checkpoint is kept then. Raises
+    Preempted, which is one, if the run was asked to stop.
     """
     config = config.take_over(launched_accumulation())
     accelerator = make_accelerator(config)
