@@ -19,6 +19,7 @@ import care_hub
 from care_hub import cli
 from care_hub.config import TrainConfig
 from care_hub.encoder import Encoder
+from care_hub.models import build_backbone
 from care_hub.schedule import Plan
 from care_hub.training.checkpoint import CheckpointWriter
 from care_hub.training.progress import Progress, start_trackers
@@ -131,6 +132,21 @@ def test_a_network_with_dropout_is_resumed_to_the_bit(photos, tmp_path):
     assert "resumed with" not in train_here(tmp_path / "again", *flags, "--resume")
     whole, resumed = (tmp_path / place / "r" / "export" / "model.safetensors" for place in ("", "again"))
     assert whole.read_bytes() == resumed.read_bytes()
+
+
+def test_a_network_with_infinite_constants_is_trained_saved_and_resumed(photos, tmp_path, monkeypatch):
+    def with_constant(*arguments):
+        backbone = build_backbone(*arguments)
+        backbone.register_buffer("largest", torch.tensor([float("inf")]))
+        return backbone
+
+    monkeypatch.setattr("care_hub.encoder.build_backbone", with_constant)
+    flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32", "--max-steps", "3")
+    flags += ("--model", "resnet10t", "--checkpoint-every", "2", "--run-name", "r")
+    train_here(tmp_path, *flags)
+    shutil.rmtree(tmp_path / "r" / "checkpoints" / "step-00000003")
+    train_here(tmp_path, *flags, "--resume")
+    assert Encoder.from_pretrained(tmp_path / "r").backbone.largest.isinf()
 
 
 def test_a_resume_says_what_has_changed_around_it(tmp_path, caplog):

@@ -150,10 +150,10 @@ def newest_sound(folder: Path, load: Callable[[Path], object]) -> Path:
     raise CareHubError("; ".join(problems or [f"{none}; `resume='auto'` starts the run again"]) + ".")
 
 
-def load_checkpoint(path: Path) -> tuple[Tensors, State, State]:
+def load_checkpoint(path: Path, own: Tensors | None = None) -> tuple[Tensors, State, State]:
     """(model state, optimizer state, extra) of the checkpoint `path`; all numbers are finite.
 
-    Raises CareHubError if it is damaged.
+    Raises CareHubError if it is damaged, or not like `own`, the state of the model that it is for.
     """
     try:
         found = {name: sha256(path / name) for name in FILES}
@@ -163,7 +163,7 @@ def load_checkpoint(path: Path) -> tuple[Tensors, State, State]:
             found["state.json"] = _sum(extra)
             if wrong := [name for name in found if found[name] != expected[name]]:
                 raise CareHubError(f"the sha256 of {wrong[0]} is wrong")
-        model, tensors = (read_tensors(path / name) for name in FILES)
+        model, tensors = read_tensors(path / FILES[0], own), read_tensors(path / FILES[1])
         state = _unflatten(tensors, extra.pop("optimizer"))
         if path.name != f"step-{extra['step']:08d}" or not float(extra["seconds"]) >= 0:
             raise ValueError(f"step {extra['step']}, {extra['seconds']} seconds")

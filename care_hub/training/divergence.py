@@ -23,7 +23,9 @@ def check_weights(
     """
     weights = list(method.parameters())
     states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-    others = [value for value in (*method.buffers(), *states) if value.is_floating_point()]
+    # Statistics and MoCo's queue: some networks have infinite constants among their buffers.
+    changing = [v for k, v in method.named_buffers() if k.endswith(("running_mean", "running_var", "queue"))]
+    others = [value for value in (*changing, *states) if value.is_floating_point()]
     norms = torch.stack(
         [get_total_norm(tensors).to(weights[0].device) for tensors in (weights, [*weights, *others])]
     )

@@ -138,8 +138,9 @@ def restore(
     """
 
     def load(path: Path) -> tuple[dict, dict]:
-        model, state, extra = load_checkpoint(path)
-        fill(accelerator.unwrap_model(method), model, path)
+        module = accelerator.unwrap_model(method)
+        model, state, extra = load_checkpoint(path, module.state_dict())
+        fill(module, model, path)
         check_optimizer(optimizer, state, path)
         return state, extra
 
