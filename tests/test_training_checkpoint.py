@@ -24,6 +24,7 @@ from care_hub.training.checkpoint import CheckpointWriter, load_checkpoint
 from care_hub.training.divergence import check_weights
 from care_hub.training.run import export_run, open_run, restore
 
+NEW = {"seconds": 0.0, "scaler": None}
 GO_ON = r"Once it can, resume the run with `resume=True` `run_name='r'` `save_root='.*'`\.$"
 ACCELERATOR = SimpleNamespace(
     is_main_process=True,
@@ -53,7 +54,7 @@ def save(folder, *steps: int) -> None:
     writer = CheckpointWriter(folder / "checkpoints")
     for step in steps:
         model, optimizer = trained(step)
-        writer.save(step, model.state_dict(), optimizer.state_dict(), {"seconds": 1.5, "scaler": None})
+        writer.save(step, model.state_dict(), optimizer.state_dict(), NEW | {"seconds": 1.5})
     writer.wait()
 
 
@@ -74,7 +75,7 @@ def test_a_checkpoint_that_can_not_be_written_is_told_at_once(tmp_path):
 
 def test_a_checkpoint_holds_the_moment_at_which_it_was_asked_for(tmp_path):
     writer, weights = CheckpointWriter(tmp_path), torch.zeros(3_000_000)
-    writer.save(1, {"w": weights}, {"state": {0: {"buffer": weights}}, "param_groups": []}, {"seconds": 0.0})
+    writer.save(1, {"w": weights}, {"state": {0: {"buffer": weights}}, "param_groups": []}, NEW)
     weights.fill_(1)  # training goes on
     writer.wait()
     model, optimizer, extra = load_checkpoint(tmp_path / "step-00000001")

@@ -50,7 +50,10 @@ def test_one_command_starts_a_run_resumes_it_and_leaves_it_alone_when_it_is_fini
     assert done.exit_code == 75 and signal.getsignal(signal.SIGUSR2) == before
     last = metrics(place[1] / "r")[-1]["step"]
     assert 4 <= last <= 5 and checkpoints(place) == [f"step-{last:08d}"]
-    assert f"Stopped at step {last} of 6; resume it with --resume --run-name r." in done.output
+    assert (
+        f"Stopped at step {last} of 6; resume it with --resume --run-name r --save-root {place[1]}."
+        in done.output
+    )
 
     assert "--lr was 0.2 in this run" in refusal(*words, "--lr", "0.5")
     assert "Trained" in command(cli.train, *words)

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 
+from ..config import check_type
 from ..errors import CareHubError
 from ..files import file_errors, make_folder, read_tensors, write_tensors
 from ..hub.export import READ_ERRORS, sha256
@@ -28,6 +29,22 @@ STATE_BEFORE_SUMS = {"seconds", "scaler", "step", "optimizer"}  # what version 0
 SETTINGS = ("momentum", "betas", "trust_coeff", "weight_decay")  # some of which each kind of optimizer has
 
 
+class Layout(TypedDict):
+    """What JSON holds of an optimizer; its tensors are in a file of their own."""
+
+    param_groups: list[dict[str, Any]]
+    plain: dict[str, Any]  # "<parameter>.<name>" -> value
+
+
+class SavedState(TypedDict):
+    """state.json, but for its sums; the conditions of the run are there too."""
+
+    step: int
+    seconds: float
+    scaler: dict[str, float] | None
+    optimizer: Layout
+
+
 @contextmanager
 def resumable(run: Path) -> Iterator[None]:
     """For `with`: what can't be written in the folder `run` becomes a CareHubError that says how to go on."""
@@ -35,8 +52,12 @@ def resumable(run: Path) -> Iterator[None]:
         with file_errors(run):
             yield
     except CareHubError as error:
-        command = f"`resume=True` `run_name='{run.name}'` `save_root='{run.parent}'`"
-        raise CareHubError(f"{error} Once it can, resume the run with {command}.") from error
+        raise CareHubError(f"{error} Once it can, resume the run with {resume_options(run)}.") from error
+
+
+def resume_options(run: Path) -> str:
+    """What to give to go on with the run in the folder `run`, for a sentence."""
+    return f"`resume=True` `run_name='{run.name}'` `save_root='{run.parent}'`"
 
 
 class CheckpointWriter:
@@ -160,12 +181,14 @@ def load_checkpoint(path: Path, own: Tensors | None = None) -> tuple[Tensors, St
         extra = json.loads((path / "state.json").read_text())
         if extra.keys() != STATE_BEFORE_SUMS:
             expected = extra.pop("sha256")
+            check_type(expected, dict[str, str], "sha256")
             found["state.json"] = _sum(extra)
             if wrong := [name for name in found if found[name] != expected[name]]:
                 raise CareHubError(f"the sha256 of {wrong[0]} is wrong")
+        check_type(extra, SavedState, "state")
         model, tensors = read_tensors(path / FILES[0], own), read_tensors(path / FILES[1])
         state = _unflatten(tensors, extra.pop("optimizer"))
-        if path.name != f"step-{extra['step']:08d}" or not float(extra["seconds"]) >= 0:
+        if path.name != f"step-{extra['step']:08d}" or extra["seconds"] < 0:
             raise ValueError(f"step {extra['step']}, {extra['seconds']} seconds")
         return model, state, extra
     except CareHubError as error:

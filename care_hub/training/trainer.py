@@ -28,7 +28,7 @@ from ..hub.client import check_name, check_push
 from ..schedule import Plan, lr_at, weight_at
 from . import run, summary
 from .batches import make_views, training_augmentation, training_batches
-from .checkpoint import CheckpointWriter
+from .checkpoint import CheckpointWriter, resume_options
 from .divergence import check_weights
 from .methods import MoCo, SimCLR
 from .preemption import Preempted, Preemption
@@ -277,8 +277,8 @@ def finish(setup: Setup, session: Session, done: int, preemption: Preemption) ->
     config, accelerator, folder = setup.config, setup.accelerator, session.folder
     session.progress.close()
     save_checkpoint(setup, session, done)
-    resume = f"resume it with `resume=True` `run_name='{folder.name}'`"
-    preempted = Preempted(f"stopped at step {done} of {setup.plan.stop}; {resume}.")
+    stopped = f"stopped at step {done} of {setup.plan.stop}"
+    preempted = Preempted(f"{stopped}; resume it with {resume_options(folder)}.")
     if session.stopped:
         from_main(session.writer.wait)  # no process ends before: a launcher would end the others
         raise preempted

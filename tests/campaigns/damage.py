@@ -162,6 +162,11 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     "state.json with groups of another type": state(optimizer={"param_groups": 3, "plain": {}}),
     "state.json of another step": state(step=6),
     "state.json of seconds in words": state(seconds="many"),
+    "state.json of infinite seconds": state(seconds=float("inf")),
+    "state.json with a scaler in words": state(scaler="large"),
+    "state.json with sums of another type": overwrite(
+        "state.json", lambda data: json.dumps(json.loads(data) | {"sha256": [1]}).encode()
+    ),
     "weights missing": lambda path: (path / MODEL).unlink(),
     "optimizer missing": lambda path: (path / OPTIMIZER).unlink(),
     "state.json missing": lambda path: (path / "state.json").unlink(),
