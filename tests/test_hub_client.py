@@ -138,14 +138,18 @@ def test_no_answer_makes_a_token_appear(fault, server, export, tmp_path, monkeyp
             assert WRITER.encode() not in path.read_bytes()
 
 
+HANGS = ["GET /api/models", "HEAD", "resolve", "repos/create", "preupload", "whoami"]
+DRIPS = ["GET /api/models", "GET /lab/tiny/resolve", "preupload", "whoami"]  # answers with a body
+
+
 @pytest.mark.parametrize(
-    "word", ["GET /api/models", "HEAD", "resolve", "repos/create", "preupload", "whoami"]
+    ("word", "fault"), [*((word, "hang") for word in HANGS), *((word, "drip") for word in DRIPS)]
 )
-def test_a_hub_that_hangs_is_not_waited_for(word, server, export, tmp_path, monkeypatch):
+def test_a_hub_that_hangs_or_drips_is_not_waited_for(word, fault, server, export, tmp_path, monkeypatch):
     """Some answers were waited for without end, others for minutes."""
     push_folder(export, "lab/tiny")
     monkeypatch.setattr(client, "ANSWER_SECONDS", 0.3)
-    server.faults = {word: ["hang"] * 100}
+    server.faults = {word: [fault] * 100}
     (export / "README.md").write_text("new")
     start = time.monotonic()
     with pytest.raises(CareHubError, match=r"reached|try again later"):

@@ -28,6 +28,7 @@ FILES = [
 NESTED = ["*/*", "*\\*"]  # an export has no sub-folders; what a repository has in some is not fetched
 RETRY_SECONDS = (1, 3)
 ANSWER_SECONDS = 20  # a Hub that has not answered by then hangs
+SLOWEST = 1000  # bytes a second of an answer that takes longer
 LOG_IN = "the Hub does not know you: log in with `hf auth login`, or set HF_TOKEN to a valid token."
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 SENTENCES = {
@@ -151,6 +152,7 @@ def _bounded_waits() -> Iterator[None]:
         unanswered.pop(threading.get_ident(), None)
         for name in ("retry-after", "ratelimit"):
             response.headers.pop(name, None)
+        response.stream = _in_time(response.stream)
 
     hooks["request"].append(before)
     hooks["response"].append(after)
@@ -159,6 +161,26 @@ def _bounded_waits() -> Iterator[None]:
     finally:
         hooks["request"].remove(before)
         hooks["response"].remove(after)
+
+
+def _in_time(stream: Any) -> Any:
+    """The `stream` of an answer, which raises TimeoutError where that comes by drops: httpx waits for each."""
+
+    (kind,) = (kind for kind in type(stream).__mro__ if kind.__name__ == "SyncByteStream")
+
+    class InTime(kind):  # type: ignore[misc,valid-type]  # of httpx or httpx2
+        def __iter__(self) -> Iterator[bytes]:
+            began, size = time.monotonic(), 0
+            for part in stream:
+                seconds, size = time.monotonic() - began, size + len(part)
+                if seconds > ANSWER_SECONDS and size < SLOWEST * seconds:
+                    raise TimeoutError(f"{size:,} bytes in {seconds:.0f} seconds")
+                yield part
+
+        def close(self) -> None:
+            stream.close()
+
+    return InTime()
 
 
 def _is_transient(error: BaseException) -> bool:
