@@ -164,7 +164,7 @@ def _bounded_waits() -> Iterator[None]:
 
 
 def _in_time(stream: Any) -> Any:
-    """The `stream` of an answer, which raises TimeoutError where that comes by drops: httpx waits for each."""
+    """The `stream` of an answer that raises TimeoutError where it comes by drops, each in time."""
 
     (kind,) = (kind for kind in type(stream).__mro__ if kind.__name__ == "SyncByteStream")
 
