@@ -177,7 +177,7 @@ def two_views(
     draws: int,
     rank: int = 0,
     processes: int = 1,
-    cropped: bool = False,
+    crop: bool | str = True,
     stride: int = 1,
 ) -> Tensor:
     """Two views of this process's part of a global batch: (b, 3, H, W) -> (2b, 3, size, size).
@@ -185,8 +185,9 @@ def two_views(
     The first b rows are the first view. The global batch has b * `processes` images; each of the
     `draws` augmentations of a view serves an equal number of consecutive ones. With a `stride`
     they serve every `stride`-th image alone, and the others have one each. All parameters depend
-    on (seed, stream, step) and on the place in the global batch only. `cropped`: the images are
-    crops already, one for both views or, as (b, 2, 3, size, size), one for each.
+    on (seed, stream, step) and on the place in the global batch only. `crop`: with "shared" each
+    image has a crop of its own, the same in both views; if it is False, the images are crops
+    already, one for both views or, as (b, 2, 3, size, size), one for each.
 
     >>> images = torch.zeros(8, 3, 40, 48, dtype=torch.uint8)
     >>> two_views(images, AugmentationConfig(size=32), seed=0, step=0, stream="equivariance", draws=2).shape
@@ -209,7 +210,10 @@ def two_views(
         return AugmentationParams.cat([shared, own]).rows(row)
 
     params = AugmentationParams.cat([sample_view(view).rows(mine) for view in (0, 1)])
-    if cropped:
+    if crop == "shared":
+        boxes = _sample_crop_boxes(config, total, height, width, seeded_generator(seed, stream, "crop", step))
+        params = replace(params, box=boxes[mine].repeat(2, 1))
+    elif not crop:
         params = replace(params, box=torch.tensor([0, 0, height, width]).expand(len(params), 4))
     both = images.transpose(0, 1).flatten(0, 1) if images.ndim == 5 else images.repeat(2, 1, 1, 1)
     return apply(both, params, config)

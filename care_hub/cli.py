@@ -19,11 +19,21 @@ from typing import Any, TypeVar
 
 import click
 
-from .config import FORMER_NAMES, PUBLIC_CODE, DataConfig, EvalConfig, TrainConfig, read_yaml, typed_options
+from .config import (
+    FORMER_NAMES,
+    PUBLIC_CODE,
+    DataConfig,
+    EvalConfig,
+    TrainConfig,
+    kinds_of,
+    read_yaml,
+    typed_options,
+)
 from .errors import CareHubError, printable
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+FORMER_FLAGS = {"--no-equivariance-crop": "--equivariance-crop=false"}
 METAVARS: dict[type, str] = {int: "INTEGER", float: "FLOAT", str: "TEXT"}
 AT_LEAST_1, PATH = click.IntRange(min=1), click.Path()
 batch_size_option = click.option("--batch-size", type=AT_LEAST_1, default=256)
@@ -80,7 +90,7 @@ class Command(click.Command):
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Former names of options are understood, and not shown; those of the public code are explained."""
-        former = {flag(before): flag(now) for before, now in FORMER_NAMES.items()}
+        former = {flag(before): flag(now) for before, now in FORMER_NAMES.items()} | FORMER_FLAGS
         words = [word.partition("=") for word in args]
         now = [former.get(name, name) + sign + value for name, sign, value in words]
         try:
@@ -178,7 +188,7 @@ def _option_of(option: dataclasses.Field, hint: Any) -> Callable[[Function], Fun
     settings = {"help": about["help"], "default": default, "required": default == "", "cls": Option}
     settings |= {"group": about["group"], "show_default": default != ""}
     name = flag(option.name)
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
+    kinds = kinds_of(hint)
     if hint is bool:
         name, settings["is_flag"] = f"{name}/--no-{name[2:]}" if default else name, True
     elif bool in kinds:  # a flag that takes a word as well
@@ -207,11 +217,12 @@ def _resumed(values: dict[str, Any]) -> dict[str, Any]:
         if values["resume"] == "auto":
             return values
         raise CareHubError(f"there is no run to resume at '{saved.parent}'.")
-    before = typed_options(TrainConfig, read_yaml(saved))
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}  # of options newer than the run
+    before = defaults | typed_options(TrainConfig, read_yaml(saved))
     fixed = {f.name for f in dataclasses.fields(TrainConfig) if not f.metadata["changeable"]}
     for name in values.keys() & fixed:
-        if before.get(name) != values[name]:
-            change = f"`{name}` was {before.get(name)} in this run and can't become {values[name]}"
+        if before[name] != values[name]:
+            change = f"`{name}` was {before[name]} in this run and can't become {values[name]}"
             raise CareHubError(f"{change} when it is resumed; start a new run for that.")
     return before | values
 

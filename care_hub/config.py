@@ -52,6 +52,7 @@ _data, _model, _method, _augment, _optim, _probe = (
     for group in ("Data", "Model", "Method", "Augmentation", "Optimization", "Evaluation")
 )
 _reading, _run = (partial(option, group, changeable=True, published=False) for group in ("Data", "Run"))
+AUGMENTATION = ("crop_scale", "jitter", "jitter_p", "grayscale", "blur", "flip")  # of each kind of views
 PREEMPT_SIGNALS = ("sigusr1", "sigusr2", "sigxcpu", "sigquit", "sigurg")
 
 
@@ -106,8 +107,13 @@ class TrainConfig(DataConfig):
 
     method: str = _method("simclr", "simclr or moco", ("simclr", "moco"))
     weight: float = _method(1.5, "lambda, the weight of the equivariance loss; 0 = the plain method")
+    weight_start_epochs: float = _method(
+        0, "epochs before which lambda is 0 and a step costs what the plain method's does"
+    )
     weight_warmup_epochs: float = _method(
-        12, "epochs over which lambda grows from 0 to --weight; large early on, it would slow the learning"
+        12,
+        "epochs over which lambda grows from 0 to --weight, from --weight-start-epochs on; large early on, "
+        "it would slow the learning",
     )
     train_simclr: bool = _method(False, "the plain method, as --weight 0")
     equiv_splits: int = _method(8, "groups in the global batch; the images of a group share one augmentation")
@@ -142,7 +148,21 @@ class TrainConfig(DataConfig):
     grayscale: float = _augment(0.1, "probability of grayscale", formerly="greyscale")
     blur: float = _augment(0.2, "probability of Gaussian blur")
     blur_kernel_size: int = _augment(3, "width of the blur kernel in pixels, odd", formerly="blur_taps")
-    equivariance_crop: bool = _augment(True, "crop the equivariance views too, else show the central crop")
+    flip: float = _augment(0.5, "probability of a horizontal flip")
+    equivariance_crop: bool | str = _augment(
+        True,
+        "crop the equivariance views too (default); shared: each image alike in both of its views; "
+        "false: show the central crop",
+        choices=("shared",),
+    )
+    equivariance_crop_scale: float | None = _augment(None, "of the equivariance views, if not --crop-scale")
+    equivariance_jitter: tuple[float, float, float, float] | None = _augment(
+        None, "of the equivariance views, if not --jitter: what embeddings shall turn by, not ignore"
+    )
+    equivariance_jitter_p: float | None = _augment(None, "of the equivariance views, if not --jitter-p")
+    equivariance_grayscale: float | None = _augment(None, "of the equivariance views, if not --grayscale")
+    equivariance_blur: float | None = _augment(None, "of the equivariance views, if not --blur")
+    equivariance_flip: float | None = _augment(None, "of the equivariance views, if not --flip")
 
     epochs: int = _optim(12, "passes over the training images")
     batch_size: int = _optim(64, "images per micro-batch over all processes together")
@@ -207,7 +227,8 @@ class TrainConfig(DataConfig):
             "batch_size gradient_accumulation epochs equiv_splits temperature projection_dim "
             "projection_hidden knn_bank max_steps checkpoint_every image_size log_freq "
             "equivariant_batch_size blur_kernel_size checkpoint_minutes",
-            at_least_0="seed weight lr weight_decay warmup_epochs weight_warmup_epochs knn_every",
+            at_least_0="seed weight lr weight_decay warmup_epochs weight_start_epochs weight_warmup_epochs "
+            "knn_every",
         )
         if self.blur_kernel_size % 2 == 0:
             raise CareHubError(f"`blur_kernel_size` must be odd, got {self.blur_kernel_size}.")
@@ -218,13 +239,11 @@ class TrainConfig(DataConfig):
         name = self.run_name or "run"
         if self.run_name == "" or os.path.normpath(name) != name or name.startswith(("/", "..")):
             raise CareHubError(f"`run_name` must be the name of a folder, got '{self.run_name}'.")
-        for name in ("momentum", "momentum_encoder", "jitter_p", "grayscale", "blur"):
+        for name in ("momentum", "momentum_encoder"):
             if not 0 <= getattr(self, name) <= 1:
                 raise CareHubError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
-        if not 0 < self.crop_scale <= 1:
-            raise CareHubError(f"`crop_scale` must lie in (0, 1], got {self.crop_scale}.")
-        if min(self.jitter) < 0:
-            raise CareHubError(f"`jitter` can't be negative, got {self.jitter}.")
+        self._check_augmentation("", {name: getattr(self, name) for name in AUGMENTATION})
+        self._check_augmentation("equivariance_", self.equivariance_augmentation)
         if self.method == "moco" and self.loss_subtype != "infonce":
             raise CareHubError("`loss_subtype` belongs to SimCLR's loss; with `method='moco'` use infonce.")
         if self.queue_size is not None and (self.queue_size <= 0 or self.queue_size % self.batch_size):
@@ -234,6 +253,27 @@ class TrainConfig(DataConfig):
             )
         if self.weight:
             self._check_groups()
+            self._check_equivariance()
+
+    def _check_augmentation(self, kind: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if name == "jitter":
+                if min(value) < 0:
+                    raise CareHubError(f"`{kind}{name}` can't be negative, got {value}.")
+            elif not 0 <= value <= 1 or (name == "crop_scale" and value == 0):
+                interval = "(0, 1]" if name == "crop_scale" else "[0, 1]"
+                raise CareHubError(f"`{kind}{name}` must lie in {interval}, got {value}.")
+
+    def _check_equivariance(self) -> None:
+        start = f"`weight_start_epochs={self.weight_start_epochs:g}`"
+        if self.weight_start_epochs >= self.epochs:
+            raise CareHubError(f"{start} leaves none of `epochs={self.epochs}` to the equivariance loss.")
+        if self.weight_start_epochs and self.loss_subtype == "none":
+            raise CareHubError(f"`loss_subtype='none'` with {start} leaves no loss before that; change one.")
+        own = [f"equivariance_{name}" for name in self.equivariance_augmentation]
+        own += ["equivariance_crop='shared'"] * (self.equivariance_crop == "shared")
+        if self.views == "shared" and own:
+            raise CareHubError(f"`{own[0]}` needs a second pair of views; drop it or `views='shared'`.")
 
     def _check_groups(self) -> None:
         part = self.equivariant_batch_size or self.batch_size
@@ -283,6 +323,12 @@ class TrainConfig(DataConfig):
     def equivariance_stride(self) -> int:
         """Every so many images of the batch are seen by the equivariance loss, alike on every process."""
         return self.batch_size // (self.equivariant_batch_size or self.batch_size)
+
+    @property
+    def equivariance_augmentation(self) -> dict[str, Any]:
+        """What the equivariance views have of their own, by the names that the contrastive ones have."""
+        given = {name: getattr(self, f"equivariance_{name}") for name in AUGMENTATION}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def method_name(self) -> str:
@@ -495,7 +541,7 @@ def typed_options(config_class: type[DataConfig], values: dict[str, Any]) -> dic
 
 
 def _typed(option: dataclasses.Field, hint: Any, value: Any) -> Any:
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
+    kinds = kinds_of(hint)
     name, read = KINDS[kinds[0]]
     if choices := option.metadata["choices"]:
         word = "no" if value is False else str(value).lower()  # YAML reads `no` as False, `null` as None
@@ -505,7 +551,7 @@ def _typed(option: dataclasses.Field, hint: Any, value: Any) -> Any:
             near = suggest(word, choices)
             raise CareHubError(f"`{option.name}` can't be '{value}'{near}; choose from {', '.join(choices)}.")
         name, kinds = f"{name}, or {', '.join(choices)}", kinds[:1]
-    if value is None and option.default is None:
+    if value is None and (option.default is None or type(None) in typing.get_args(hint)):
         return None
     try:
         if len(kinds) == 1:
@@ -516,6 +562,16 @@ def _typed(option: dataclasses.Field, hint: Any, value: Any) -> Any:
         return tuple(read(part) for part in value)
     except (TypeError, ValueError, OverflowError):
         raise CareHubError(f"`{option.name}` must be {name}, got {value!r}.") from None
+
+
+def kinds_of(hint: Any) -> list[Any]:
+    """What an option may be but None, or, of several numbers, what each of them is.
+
+    >>> kinds_of(tuple[float, float] | None), kinds_of(bool | str), kinds_of(int)
+    ([<class 'float'>, <class 'float'>], [<class 'bool'>, <class 'str'>], [<class 'int'>])
+    """
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
+    return list(typing.get_args(kinds[0])) or kinds
 
 
 def _read_flag(value: Any) -> bool:
@@ -622,6 +678,7 @@ PUBLIC_CODE = {
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Options in a YAML file, by their names; former names are understood.
 
+    `jitter` in a mapping `equivariance_augmentation` is `equivariance_jitter`, and so on.
     Raises CareHubError for a missing or malformed file or an unknown option.
     """
     try:
@@ -639,7 +696,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CareHubError(f"the configuration '{path}' must be a mapping of option names to values.")
     known = {f.name for f in dataclasses.fields(TrainConfig)}
-    data = renamed_options({str(k).replace("-", "_"): v for k, v in data.items()})
+    data = _by_names(data)
+    nested = data.pop("equivariance_augmentation", None)
+    if not isinstance(nested, dict | None):
+        raise CareHubError(f"the configuration '{path}' must have a mapping as 'equivariance_augmentation'.")
+    for name, value in _by_names(nested or {}).items():
+        if data.setdefault(f"equivariance_{name}", value) != value:
+            raise CareHubError(f"the configuration '{path}' has two values for 'equivariance_{name}'.")
     for name, value in data.items():
         if any(isinstance(part, list | dict) for part in (value if isinstance(value, list) else [value])):
             raise CareHubError(f"the configuration '{path}' has nested values for '{name}'.")
@@ -647,6 +710,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             near = f"; give {PUBLIC_CODE[name]}" if name in PUBLIC_CODE else suggest(name, known)
             raise CareHubError(f"the configuration '{path}' has an unknown option '{name}'{near}.")
     return data
+
+
+def _by_names(values: dict[Any, Any]) -> dict[str, Any]:
+    return renamed_options({str(name).replace("-", "_"): value for name, value in values.items()})
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -17,7 +17,8 @@ class Plan:
     steps: int  # the whole schedule
     stop: int  # where this run ends
     warmup: int  # of the learning rate
-    weight_warmup: int
+    weight_start: int  # the first step with the equivariance loss
+    weight_warmup: int  # from there
 
     @classmethod
     def of(cls, config: TrainConfig, images: int) -> "Plan":
@@ -30,7 +31,20 @@ class Plan:
         steps = config.epochs * per_epoch
         stop = min(steps, config.max_steps or steps)
         warmup, weight_warmup = config.warmup_epochs * per_epoch, config.weight_warmup_epochs * per_epoch
-        return cls(per_epoch, steps, stop, round(warmup), round(weight_warmup))
+        weight_start = min(round(config.weight_start_epochs * per_epoch), steps - 1)
+        return cls(per_epoch, steps, stop, round(warmup), weight_start, round(weight_warmup))
+
+    def price(self, config: TrainConfig, since: int = 0) -> float:
+        """What the run costs from step `since` on, in steps of the plain method.
+
+        A view passed through the encoder costs 1, and 2 more with gradients. The plain step is 6 of SimCLR
+        and 4 of MoCo, whose keys have none. The equivariance loss adds a pair with gradients of every
+        `stride`-th image, unless SimCLR shares its own.
+        """
+        free = not config.weight or (config.views == "shared" and config.method == "simclr")
+        added = 0 if free else 6 / config.equivariance_stride
+        late = max(0, self.stop - max(since, self.weight_start))
+        return self.stop - since + late * added / (4 if config.method == "moco" else 6)
 
 
 def lr_at(step: int, total: int, warmup: int, peak: float, schedule: str) -> float:
@@ -46,6 +60,10 @@ def lr_at(step: int, total: int, warmup: int, peak: float, schedule: str) -> flo
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def weight_at(step: int, warmup: int, weight: float) -> float:
-    """Weight of the equivariance loss at step `step` (from 0): grows linearly over `warmup` steps."""
-    return weight * min(1.0, (step + 1) / warmup) if warmup else weight
+def weight_at(step: int, start: int, warmup: int, weight: float) -> float:
+    """Weight of the equivariance loss at step `step` (from 0): 0 before `start`, then it grows
+    linearly over `warmup` steps.
+    """
+    if step < start:
+        return 0.0
+    return weight * min(1.0, (step + 1 - start) / warmup) if warmup else weight

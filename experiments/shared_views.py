@@ -97,6 +97,7 @@ class SharedViews:
         step: int,
         rank: int,
         processes: int,
+        start: int = 0,
     ) -> tuple[Tensor]:
         def sample(view: int, n: int, what: str) -> AugmentationParams:
             generator = augment.seeded_generator(config.seed, what, step, view)

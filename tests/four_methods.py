@@ -24,7 +24,9 @@ METHODS = {
     "simclr": {"weight": 0.0},
     "care": {"weight": 0.3},
     "moco": {"weight": 0.0, "method": "moco", "queue_size": 80},
-    "care-moco": {"weight": 0.3, "method": "moco", "queue_size": 80, "equivariant_batch_size": 8},
+    "care-moco": {"weight": 0.3, "method": "moco", "queue_size": 80, "equivariant_batch_size": 8}
+    | {"equivariance_jitter": (0.8, 0.8, 0.8, 0.5), "equivariance_crop": "shared"}
+    | {"weight_start_epochs": 1 / 3},  # a step
 }
 COMMON = {
     "batch_size": 16,

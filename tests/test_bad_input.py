@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from care_hub import cli
-from care_hub.config import EvalConfig, TrainConfig
+from care_hub.config import EvalConfig, TrainConfig, kinds_of
 from care_hub.hub import client
 from care_hub.hub.registry import SHIPPED
 
@@ -38,6 +38,7 @@ OUT_OF_RANGE = {
     "projection_hidden": "0 -1",
     "projection_dim": "0 -1",
     "weight": "-1",
+    "weight_start_epochs": "-1 12",
     "weight_warmup_epochs": "-1",
     "equiv_splits": "0 -2 3 8",
     "equivariant_batch_size": "0 -8 3 16",
@@ -48,6 +49,9 @@ OUT_OF_RANGE = {
     "jitter_p": "-0.1 2",
     "grayscale": "-0.1 2",
     "blur": "-0.1 2",
+    "flip": "-0.1 2",
+    "equivariance_crop_scale": "0 -1 1.5",
+    **dict.fromkeys((f"equivariance_{k}" for k in ("jitter_p", "grayscale", "blur", "flip")), "-0.1 2"),
     "blur_kernel_size": "0 -3 2 33",
     "epochs": "0 -1",
     "batch_size": "0 -8",
@@ -87,9 +91,7 @@ def wrong_options(config, base):
     """Each option of `config` with values that it can't have."""
     hints = typing.get_type_hints(config)
     for option in dataclasses.fields(config):
-        kinds = [k for k in typing.get_args(hints[option.name]) if k is not type(None)] or [
-            hints[option.name]
-        ]
+        kinds = kinds_of(hints[option.name])
         flag = cli.flag(option.name)
         if option.metadata["choices"]:
             yield from ((*base, flag, value) for value in ("bogus", ""))
@@ -133,6 +135,7 @@ OTHERS = [
     (*TRAIN, "--weight", "0", "--loss-subtype", "none"),
     (*TRAIN, "--method", "moco", "--loss-subtype", "alignment"),
     (*TRAIN, "--mixed-precision", "fp16"),
+    (*TRAIN, "--blur", "0", "--equivariance-blur", "1", "--blur-kernel-size", "33"),
     (*TRAIN, "--model", "vit_tiny_patch16_224", "--image-size", "40"),
     (*TRAIN, "--no-such-option"),
     (*TRAIN, "unexpected"),

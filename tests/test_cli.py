@@ -20,6 +20,15 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert config.lr == TrainConfig.lr
 
 
+def test_the_crop_of_the_equivariance_views_is_a_flag_or_a_word(monkeypatch):
+    configs: list[TrainConfig] = []
+    monkeypatch.setattr(trainer, "train", configs.append)
+    for word in ("--equivariance-crop", "--no-equivariance-crop", "--equivariance-crop=shared"):
+        command(cli.train, word, "--equivariance-jitter", 0, 0, 0, 1)
+    assert [config.equivariance_crop for config in configs] == [True, False, "shared"]
+    assert {config.equivariance_jitter for config in configs} == {(0, 0, 0, 1)}
+
+
 def test_values_of_the_wrong_kind_are_refused_alike_in_files_and_as_flags(tmp_path):
     file = tmp_path / "mine.yaml"
     for name, value in [("epochs", "many"), ("lr", "inf"), ("seed", "1.5"), ("optimizer", "adma")]:
@@ -47,10 +56,12 @@ def test_choices_are_found_in_any_case(monkeypatch):
 
 def test_a_resumed_run_compares_values_as_they_are_meant(tmp_path):
     (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "config.yaml").write_text(to_yaml(TrainConfig(lr=0.001, optimizer="adam")))
+    before = to_yaml(TrainConfig(lr=0.001, optimizer="adam"))
+    older = before.replace("\nflip: 0.5\n", "\n")  # of a version that did not have the option
+    (tmp_path / "r" / "config.yaml").write_text(older)
     place = {"save_root": tmp_path, "run_name": "r", "resume": "yes"}
-    same = {"lr": "1e-3", "optimizer": "Adam", "jitter": ["0.3", 0.3, 0.3, 0.5]}
-    assert cli.resolve(place | same, None).optimizer == "adam"
+    same = {"lr": "1e-3", "optimizer": "Adam", "jitter": ["0.3", 0.3, 0.3, 0.5], "flip": "0.5"}
+    assert older != before and cli.resolve(place | same, None).optimizer == "adam"
     with pytest.raises(CareHubError, match=r"`lr` was 0[.]001 in this run and can't become 0[.]002"):
         cli.resolve(place | {"lr": "2e-3"}, None)
 

@@ -65,6 +65,13 @@ def test_paths_and_names_of_this_machine_are_not_published():
         ({"equivariant_batch_size": 0}, "`equivariant_batch_size` must be positive"),
         ({"log_freq": 0}, "`log_freq` must be positive"),
         ({"grayscale": 1.5}, "`grayscale` must lie in [0, 1], got 1.5."),
+        ({"equivariance_flip": -1}, "`equivariance_flip` must lie in [0, 1], got -1.0."),
+        ({"equivariance_crop_scale": 0}, "`equivariance_crop_scale` must lie in (0, 1]"),
+        ({"equivariance_jitter": [0.1, 0.1, -0.1, 0.1]}, "`equivariance_jitter` can't be negative"),
+        ({"views": "shared", "equivariance_jitter_p": 1}, "`equivariance_jitter_p` needs a second pair"),
+        ({"views": "shared", "equivariance_crop": "shared"}, "`equivariance_crop='shared'` needs a second"),
+        ({"weight_start_epochs": 12}, "`weight_start_epochs=12` leaves none of `epochs=12` to the"),
+        ({"weight_start_epochs": 1, "loss_subtype": "none"}, "leaves no loss before that"),
         ({"crop_scale": 0}, "`crop_scale` must lie in (0, 1]"),
         ({"jitter": [0.1, 0.1, -0.1, 0.1]}, "`jitter` can't be negative"),
         ({"momentum": -0.9}, "`momentum` must lie in [0, 1]"),
@@ -92,6 +99,12 @@ USUAL = [
     ("jitter: [0, 1e-1, '0.2', 0.3]", "jitter", (0.0, 0.1, 0.2, 0.3)),
     ("max_steps: null", "max_steps", None),
     ("run_name: '007'", "run_name", "007"),
+    ("equivariance_crop: Shared", "equivariance_crop", "shared"),
+    ("equivariance_crop: no", "equivariance_crop", False),
+    ("equivariance_jitter: [0, 1e-1, '0.2', 0.3]", "equivariance_jitter", (0.0, 0.1, 0.2, 0.3)),
+    ("equivariance_augmentation: {crop: shared, flip: 0}", "equivariance_crop", "shared"),
+    ("equivariance-augmentation: {jitter-p: 1}\nequivariance_jitter_p: 1", "equivariance_jitter_p", 1.0),
+    ("equivariance_augmentation: {greyscale: 0.1}", "equivariance_grayscale", 0.1),
 ]
 WRONG = [
     *("train_simclr: nope", "train_simclr: 2", "compile: null", "resume: [true]"),
@@ -182,7 +195,8 @@ def test_the_queue_holds_at_most_half_the_data_set():
 
 
 def test_what_is_written_is_read_again_also_under_former_names(tmp_path):
-    config = TrainConfig(jitter=[0.1, 0.2, 0.3, 0.4], grayscale=0.3, blur_kernel_size=5)
+    own = {"equivariance_jitter": [0.1, 0.2, 0.3, 0.4], "equivariance_crop": "shared", "flip": 0}
+    config = TrainConfig(jitter=[0.1, 0.2, 0.3, 0.4], grayscale=0.3, blur_kernel_size=5, **own)
     file = tmp_path / "c.yaml"
     file.write_text(to_yaml(config))
     assert TrainConfig(**read_yaml(file)) == config
@@ -200,6 +214,10 @@ def test_bad_configuration_files(tmp_path):
         ("a: [", "not valid YAML"),
         ("run_name: 2024-13-45", "not valid YAML"),
         ("jitter: &a [1, 1]\nlr: [*a, *a]", "nested values for 'lr'"),
+        ("equivariance_augmentation: {hues: 1}", "unknown option 'equivariance_hues'"),
+        ("equivariance_augmentation: false", "must have a mapping as 'equivariance_augmentation'"),
+        ("equivariance_augmentation: {jitter: {p: 1}}", "nested values for 'equivariance_jitter'"),
+        ("equivariance_augmentation: {blur: 1}\nequivariance_blur: 0", "two values for 'equivariance_blur'"),
         ("moco_t: 0.2", "unknown option 'moco_t'; give `temperature`"),
         ("equiv-splits-per-gpu: 4", "give `equiv_splits`, which counts"),
     ]:

@@ -74,8 +74,8 @@ def test_another_number_of_processes_resumes_the_same_run(runs, processes):
         expected = runs / "2" / "float64:20" / name
         found = runs / str(processes) / "float64:20:resumed" / name
         assert weight_difference(expected, found, 20) <= 1e-8
-        seen = views(expected, 2)
-        assert views(found, processes) == seen[len(seen) * 13 // 20 :]
+        seen, again = views(expected, 2), views(found, processes)
+        assert len(again) == 7 * (1 + ("care" in name)) and again == seen[-len(again) :]
 
 
 @pytest.mark.launches

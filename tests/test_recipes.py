@@ -1,6 +1,7 @@
 """Every recipe resolves, and trains two steps with its own model on stand-in images of the right size."""
 
 import functools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +10,14 @@ from helpers import ROOT, command, metrics
 from PIL import Image
 
 from care_hub import cli
-from care_hub.config import TrainConfig, read_yaml
+from care_hub.config import AUGMENTATION, TrainConfig, plain_values, read_yaml
 from care_hub.data import sources
 from care_hub.encoder import Encoder
 from care_hub.training import run
 
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
+BEFORE = json.loads((ROOT / "tests" / "recipes.json").read_text())  # what they resolved to in November 2026
+AS_BEFORE = {"weight_start_epochs": 0, "flip": 0.5, **{f"equivariance_{k}": None for k in AUGMENTATION}}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,16 @@ def test_recipes_say_what_they_set():
     defaults = read_yaml(ROOT / "recipes" / "shapes.yaml")
     for name, value in defaults.items():
         assert getattr(TrainConfig(), name) == (tuple(value) if isinstance(value, list) else value), name
+
+
+@pytest.mark.parametrize("recipe", BEFORE)
+def test_a_recipe_is_what_it_was_whatever_becomes_of_the_defaults(recipe):
+    """Options that are newer are stated in the file, with the values that change nothing."""
+    stated = read_yaml(ROOT / "recipes" / f"{recipe}.yaml")
+    options, before = plain_values(TrainConfig(**stated).published()), BEFORE[recipe]
+    assert {name: options[name] for name in before} == before
+    assert {name: stated.get(name, "not stated") for name in options.keys() - before.keys()} == AS_BEFORE
+    assert "equivariance_crop" in stated
 
 
 @pytest.mark.launches

@@ -58,6 +58,8 @@ def test_one_command_starts_a_run_resumes_it_and_leaves_it_alone_when_it_is_fini
     assert "--lr was 0.2 in this run" in refusal(*words, "--lr", "0.5")
     assert "Trained" in command(cli.train, *words)
     assert [row["step"] for row in metrics(place[1] / "r")] == [1, 2, 3, 4, 5, 6]
+    config = place[1] / "r" / "export" / "config.json"
+    config.write_text(config.read_text().replace('"flip": 0.5,', ""))  # as a version without the option
     again = command(cli.train, *words)
     assert "r' is finished" in again and "Trained" not in again
     (place[1] / "r" / "export" / "README.md").unlink()  # as if it were killed before its last file

@@ -124,10 +124,13 @@ def test_optimizers_step_as_their_plain_forms_do(name):
 
 
 @pytest.mark.launches
-def test_a_network_with_dropout_is_resumed_to_the_bit(photos, tmp_path):
+def test_a_network_with_dropout_is_resumed_to_the_bit_where_lambda_starts(photos, tmp_path):
     flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32", "--max-steps", "3")
     flags += ("--model", "repghostnet_050", "--checkpoint-every", "2", "--run-name", "r")
-    train_here(tmp_path, *flags)
+    flags += ("--weight-start-epochs", "0.67", "--weight-warmup-epochs", "0.67")
+    plan = train_here(tmp_path, *flags)
+    assert "after 0.67 epochs" in plan and "3 steps of 16 images (1.0 epochs; price: 4 SimCLR steps)" in plan
+    assert [row["weight"] for row in metrics(tmp_path / "r") if "loss" in row] == [0, 0, 0.75]
     shutil.copytree(tmp_path / "r", tmp_path / "again" / "r", ignore=shutil.ignore_patterns("step-00000003"))
     assert "resumed with" not in train_here(tmp_path / "again", *flags, "--resume")
     whole, resumed = (tmp_path / place / "r" / "export" / "model.safetensors" for place in ("", "again"))

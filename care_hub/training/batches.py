@@ -3,7 +3,7 @@ the global batch.
 """
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -21,12 +21,16 @@ Batch = Tensor | tuple[Tensor, Tensor | None]  # whole images, or the crops that
 
 
 def training_augmentation(config: TrainConfig) -> AugmentationConfig:
-    """The augmentation of the views, with the size and normalization of the data set."""
+    """The augmentation of the contrastive views, with the size and normalization of the data set.
+
+    Raises CareHubError for one, or one of the equivariance views, that can't be.
+    """
     spec = dataset_spec(config.dataset_name)
     mean, std = spec.statistics
-    return AugmentationConfig(
+    augmentation = AugmentationConfig(
         size=config.image_size or spec.size,
         scale=(config.crop_scale, 1.0),
+        flip=config.flip,
         jitter=config.jitter,
         jitter_p=config.jitter_p,
         grayscale=config.grayscale,
@@ -35,47 +39,67 @@ def training_augmentation(config: TrainConfig) -> AugmentationConfig:
         mean=mean,
         std=std,
     )
+    equivariance_augmentation(config, augmentation)  # refused before the first step
+    return augmentation
+
+
+def equivariance_augmentation(config: TrainConfig, augmentation: AugmentationConfig) -> AugmentationConfig:
+    """That of the equivariance views: `augmentation` but for what `config` gives them of their own."""
+    own = config.equivariance_augmentation
+    if "crop_scale" in own:
+        own["scale"] = (own.pop("crop_scale"), 1.0)
+    return replace(augmentation, **own)
 
 
 def make_views(
-    batch: Batch, config: TrainConfig, augmentation: AugmentationConfig, step: int, rank: int, processes: int
+    batch: Batch,
+    config: TrainConfig,
+    augmentation: AugmentationConfig,
+    step: int,
+    rank: int,
+    processes: int,
+    start: int = 0,
 ) -> tuple[Tensor, ...]:
     """The pair for InfoNCE (sampled per image) and, for CARE, the pair sampled per group; one pair
     where shared.
 
-    `batch`: (b, 3, H, W), or ((b, 2, 3, S, S), and for the second pair the same or None). `step`
-    counts micro-batches. Each pair is (2b, 3, S, S), first view then second.
+    `batch`: (b, 3, H, W), or ((b, 2, 3, S, S), and for the second pair the same or None).
+    `augmentation`: of the contrastive views. `step` counts micro-batches, of which `start` is the
+    first with an equivariance loss. Each pair is (2b, 3, S, S), first view then second.
     """
     cut = not isinstance(batch, Tensor)
     first, second = (batch, batch) if isinstance(batch, Tensor) else batch
     groups = config.equiv_splits if config.augmentation_scope == "group" else 1
 
-    def views(x: Tensor, stream: str, draws: int, cropped: bool, stride: int = 1) -> Tensor:
-        return augment.two_views(
-            x, augmentation, config.seed, step, stream, draws, rank, processes, cropped, stride
-        )
+    def views(
+        x: Tensor, kind: AugmentationConfig, stream: str, draws: int, crop: bool | str, stride: int = 1
+    ) -> Tensor:
+        return augment.two_views(x, kind, config.seed, step, stream, draws, rank, processes, crop, stride)
 
-    if config.weight and config.views == "shared":
-        return (views(first, "shared", groups, cut, config.equivariance_stride),)
-    contrastive = views(first, "contrastive", len(first) * processes, cut)
-    if not config.weight or second is None:
+    equivariant = config.weight and step >= start
+    if equivariant and config.views == "shared":
+        return (views(first, augmentation, "shared", groups, not cut, config.equivariance_stride),)
+    contrastive = views(first, augmentation, "contrastive", len(first) * processes, not cut)
+    if not equivariant or second is None:
         return (contrastive,)
     if not cut:
         second = second[:: config.equivariance_stride]
         if not config.equivariance_crop:
             second = augment.center_crop(second, augmentation.size)
-    return contrastive, views(second, "equivariance", groups, cut or not config.equivariance_crop)
+    own, crop = equivariance_augmentation(config, augmentation), not cut and config.equivariance_crop
+    return contrastive, views(second, own, "equivariance", groups, crop)
 
 
 @dataclass(frozen=True)
 class ViewCutter:
     """Cuts the views of one streamed image, in a loader process; samples crops as `make_views`
-    groups them.
+    groups them. `start` is the first micro-batch with an equivariance loss.
     """
 
     config: TrainConfig
     augmentation: AugmentationConfig
     crop_pct: float
+    start: int = 0
 
     def __call__(self, image: Image.Image, step: int, place: int) -> tuple[list, list]:
         """Crops for the contrastive pair, and for the equivariance pair (none where that does not
@@ -87,22 +111,28 @@ class ViewCutter:
         groups = c.equiv_splits if c.augmentation_scope == "group" else 1
         group = place // (c.batch_size // groups)
         outside = place % c.equivariance_stride != 0  # of the part that the equivariance loss sees
-        if c.weight and c.views == "shared":
+        equivariant = c.weight and step >= self.start
+        if equivariant and c.views == "shared":
             stream, unit = ("shared own", place) if outside else ("shared", group)
-            return self._crops(image, stream, step, unit), []
-        contrastive = self._crops(image, "contrastive", step, place)
-        if not c.weight or outside:
+            return self._crops(image, self.augmentation, stream, step, unit), []
+        contrastive = self._crops(image, self.augmentation, "contrastive", step, place)
+        if not equivariant or outside:
             return contrastive, []
         if not c.equivariance_crop:
             return contrastive, [resize_and_center_crop(image, self.augmentation.size, self.crop_pct)] * 2
-        return contrastive, self._crops(image, "equivariance", step, group)
+        own = equivariance_augmentation(c, self.augmentation)
+        if c.equivariance_crop == "shared":
+            return contrastive, self._crops(image, own, "equivariance shared", step, place, views=1) * 2
+        return contrastive, self._crops(image, own, "equivariance", step, group)
 
-    def _crops(self, image: Image.Image, stream: str, step: int, unit: int) -> list[Image.Image]:
+    def _crops(
+        self, image: Image.Image, kind: AugmentationConfig, stream: str, step: int, unit: int, views: int = 2
+    ) -> list[Image.Image]:
         crops = []
-        for view in (0, 1):
+        for view in range(views):
             generator = augment.seeded_generator(self.config.seed, stream, "crop", step, view, unit)
-            box = augment.sample_crop_box(self.augmentation, image.height, image.width, generator)
-            crops.append(crop_and_resize(image, box, self.augmentation.size))
+            box = augment.sample_crop_box(kind, image.height, image.width, generator)
+            crops.append(crop_and_resize(image, box, kind.size))
         return crops
 
 
@@ -122,7 +152,8 @@ def training_batches(
         return
     first, place = start * config.gradient_accumulation, rank * (config.batch_size // processes)
     jobs = ((index, first + k, place) for k, index in enumerate(indices))
-    yield from images.cut_batches(jobs, ViewCutter(config, augmentation, augmentation.size / images.size))
+    crop_pct, weighted = augmentation.size / images.size, plan.weight_start * config.gradient_accumulation
+    yield from images.cut_batches(jobs, ViewCutter(config, augmentation, crop_pct, weighted))
 
 
 def epoch_order(

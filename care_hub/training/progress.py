@@ -77,7 +77,8 @@ class Progress:
         self.pending.append((step, torch.stack(self.micro).mean(dim=0), others))
         self.micro = []
         if step == self.start + 3 and self.main:
-            left = sum(self.durations[1:]) / 3 * (self.plan.stop - step - 1)  # the first step is slower
+            left, last = (self.plan.price(self.config, k) for k in (step + 1, step - 2))
+            left *= sum(self.durations[1:]) / (last - left)  # of three steps: the first is slower
             logger.info("about %.1f minutes of training to go on this machine", left / 60)
         if len(self.pending) >= self.block:
             self.flush()

@@ -123,7 +123,9 @@ def finished_results(config: TrainConfig) -> dict[str, float]:
     folder = Path(config.save_root) / str(config.run_name)
     with suppress(CareHubError, OSError, ValueError):
         complete = (folder / "export" / "README.md").is_file()  # which is written last
-        if complete and read_config(folder / "export")[0].training == plain_values(config.published()):
+        # An option that is newer than the run has its default.
+        options = TrainConfig().published() | read_config(folder / "export")[0].training
+        if complete and plain_values(options) == plain_values(config.published()):
             return json.loads((folder / "results.json").read_text())
     return {}
 

@@ -25,6 +25,8 @@ def plan_text(
     method = config.method_name
     if config.weight:
         method += f", weight {config.weight:g}"
+        if config.weight_start_epochs:
+            method += f" after {config.weight_start_epochs:g} epochs"
         if config.weight_warmup_epochs:
             method += f" growing over {config.weight_warmup_epochs:g} epochs"
         method += f", {config.equiv_splits} groups"
@@ -44,6 +46,9 @@ def plan_text(
     mixed = accelerator.mixed_precision
     precision = "float32" if mixed == "no" else mixed
     epochs = f"{plan.stop / plan.steps_per_epoch:.1f} epochs"
+    if config.weight:
+        plain = {"simclr": "SimCLR", "moco": "MoCo"}[config.method]
+        epochs += f"; price: {plan.price(config):,.0f} {plain} steps"
     return (
         f"{method} · {model} · {data}\n"
         f"{plan.stop:,} steps of {batch} ({epochs}) on {accelerator.num_processes} x {device}\n"

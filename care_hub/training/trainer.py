@@ -200,6 +200,7 @@ def fit(setup: Setup, session: Session, preemption: Preemption) -> int:
     method, optimizer, progress = session.method, session.optimizer, session.progress
     care: SimCLR = accelerator.unwrap_model(method)
     shares = (setup.augmentation, session.start, rank, processes)
+    weighted = plan.weight_start * config.gradient_accumulation  # the first micro-batch with that loss
     votes, minutes = Votes(), config.checkpoint_minutes
     save_at = time.monotonic() + 60 * (minutes if session.start else min(1, minutes))
     method.train()
@@ -210,13 +211,13 @@ def fit(setup: Setup, session: Session, preemption: Preemption) -> int:
             lr = lr_at(step, plan.steps, plan.warmup, config.lr, config.lr_schedule_type)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            care.weight = weight_at(step, plan.weight_warmup, config.weight)
+            care.weight = weight_at(step, plan.weight_start, plan.weight_warmup, config.weight)
 
             for micro in range(config.gradient_accumulation):
                 batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
                 # Augmentations are sampled for the global batch; each process applies those of its images.
                 number = step * config.gradient_accumulation + micro
-                views = make_views(batch, config, setup.augmentation, number, rank, processes)
+                views = make_views(batch, config, setup.augmentation, number, rank, processes, weighted)
                 # Gradients are averaged over processes once a step, during the last backward pass.
                 last = micro == config.gradient_accumulation - 1
                 torch.manual_seed(seeded_generator(config.seed, "dropout", number, rank).initial_seed())
