@@ -134,6 +134,14 @@ class TrainConfig(DataConfig):
         "per group in the part of the batch that --equivariant-batch-size gives, per image in the rest",
         ("separate", "shared"),
     )
+    steering_head: bool = _method(
+        False, "InfoNCE on a head of its own, which may ignore the augmentation; the exported one rotates"
+    )
+    steering_uniformity: float = _method(
+        0.33,
+        "of a steering head: how much its embeddings spread, views of one image too, relative to --weight",
+    )
+    steering_temperature: float = _method(0.2, "temperature of --steering-uniformity")
     queue_size: int | None = _method(
         None, "MoCo: keys in the queue (default: 65,536, at most half the data set, a multiple of the batch)"
     )
@@ -226,9 +234,9 @@ class TrainConfig(DataConfig):
             self,
             "batch_size gradient_accumulation epochs equiv_splits temperature projection_dim "
             "projection_hidden knn_bank max_steps checkpoint_every image_size log_freq "
-            "equivariant_batch_size blur_kernel_size checkpoint_minutes",
+            "equivariant_batch_size blur_kernel_size checkpoint_minutes steering_temperature",
             at_least_0="seed weight lr weight_decay warmup_epochs weight_start_epochs weight_warmup_epochs "
-            "knn_every",
+            "knn_every steering_uniformity",
         )
         if self.blur_kernel_size % 2 == 0:
             raise CareHubError(f"`blur_kernel_size` must be odd, got {self.blur_kernel_size}.")
@@ -288,6 +296,11 @@ class TrainConfig(DataConfig):
                 f"{part} images do not make `equiv_splits={self.equiv_splits}` equal groups of at least 2; "
                 f"the nearest that works is {near}."
             )
+        if self.steering_head and self.views == "shared":
+            raise CareHubError("`steering_head` takes views of its own; use `views='separate'`.")
+        if self.steering_head and self.loss_subtype == "none":
+            none = "`loss_subtype='none'` trains nothing but the head that rotates"
+            raise CareHubError(f"{none}; leave `steering_head` out.")
 
     def take_over(self, launched: int | None) -> "TrainConfig":
         """These options with the accumulation that Accelerate was `launched` with, where none was given.
@@ -389,6 +402,9 @@ class EvalConfig(DataConfig):
         return names[self.protocol] + fraction
 
 
+HEADS = ("projection", "contrastive_head")  # of an encoder, in files of these names
+
+
 @dataclass(frozen=True)
 class ProjectionConfig:
     """Shape of a projection head: Linear - (BatchNorm) - ReLU - Linear."""
@@ -409,6 +425,7 @@ class EncoderConfig:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     projection: ProjectionConfig | None = None  # None: there is no head, hence no sphere
+    contrastive_head: ProjectionConfig | None = None  # beside one that InfoNCE did not train
     method: str | None = None
     weight: float | None = None
     groups: int | None = None
@@ -423,15 +440,17 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         """Raise CareHubError for sizes and statistics with which no encoder works."""
-        head, size = self.projection, self.image_size
+        size = self.image_size
         sound = {
             "image_size": type(size) is int and 1 <= size <= LARGEST_IMAGE,
             "crop_pct": 0.1 <= self.crop_pct <= 1,
             "mean": len(self.mean) == 3 and all(map(math.isfinite, self.mean)),
             "std": len(self.std) == 3 and all(map(math.isfinite, self.std)) and min(self.std) > 0,
-            "projection": head is None
-            or all(1 <= width <= WIDEST_LAYER for width in (head.inputs, head.hidden, head.outputs)),
         }
+        for name in HEADS:
+            head = getattr(self, name)
+            widths = (head.inputs, head.hidden, head.outputs) if head else ()
+            sound[name] = all(1 <= width <= WIDEST_LAYER for width in widths)
         for name, is_sound in sound.items():
             if not is_sound:
                 raise CareHubError(f"an encoder can't have `{name}={getattr(self, name)}`.")
@@ -447,8 +466,7 @@ class EncoderConfig:
         given = {k: v for k, v in values.items() if k in known and v is not None}
         given |= {"mean": tuple(values["mean"]), "std": tuple(values["std"])}
         given["training"] = renamed_options(given.get("training", {}))
-        if head := given.get("projection"):
-            given["projection"] = ProjectionConfig(**head)
+        given |= {name: ProjectionConfig(**given[name]) for name in HEADS if name in given}
         return cls(**given, extra={k: v for k, v in values.items() if k not in known})
 
     def to_json(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import augment
-from .config import EncoderConfig, ProjectionConfig
+from .config import HEADS, EncoderConfig, ProjectionConfig
 from .data.inputs import Transform, as_items, decode_batches
 from .errors import CareHubError
 from .files import check_tensors, make_folder, own_file, read_header, read_tensors, write_text
@@ -52,6 +52,7 @@ class Encoder(nn.Module):
         self.config = config
         self.backbone: Backbone = backbone or build_backbone(config.model, config.image_size)
         self.projection = projection_head(config.projection) if config.projection else None
+        self.contrastive_head = projection_head(config.contrastive_head) if config.contrastive_head else None
 
     @classmethod
     def new(
@@ -76,14 +77,27 @@ class Encoder(nn.Module):
         head = ProjectionConfig(feature_width(backbone, image_size), hidden, outputs, norm)
         return cls(replace(config, projection=head), backbone)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def set_contrastive_head(self, wanted: bool) -> None:
+        """Add or remove a second head, of the shape of the projection head, for InfoNCE in training.
+
+        One of that shape stays as it is.
+        """
+        shape = self.config.projection if wanted else None
+        if self.config.contrastive_head != shape:
+            self.config = replace(self.config, contrastive_head=shape)
+            self.contrastive_head = projection_head(shape) if shape else None
+
+    def forward(self, x: Tensor, contrastive: bool = False) -> Tensor:
         """(B, 3, S, S) normalized images -> (B, d) unit vectors (float32 also under autocast).
 
-        Raises CareHubError where there is no projection head.
+        `contrastive`: from the contrastive head, where there is one. Raises CareHubError where
+        there is no projection head.
         """
-        if self.projection is None:
+        second = contrastive and self.contrastive_head is not None
+        head = self.contrastive_head if second else self.projection
+        if head is None:
             raise CareHubError("this encoder has no projection head; ask for `space='backbone'`.")
-        z = self.projection(self.features(x))
+        z = head(self.features(x))
         return F.normalize(z.float() if z.dtype in (torch.bfloat16, torch.float16) else z, dim=1)
 
     def features(self, x: Tensor) -> Tensor:
@@ -97,9 +111,10 @@ class Encoder(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of all weights and statistics, in hexadecimal: tells whose embeddings something is."""
+        """sha256 of all weights and statistics that make embeddings, in hexadecimal: tells whose they are."""
         digest = hashlib.sha256()
-        for name, tensor in self.state_dict().items():
+        state = self.state_dict().items()
+        for name, tensor in ((k, v) for k, v in state if not k.startswith("contrastive_head.")):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -221,9 +236,9 @@ class Encoder(nn.Module):
             yield z
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write config.json, model.safetensors (backbone, plain timm) and projection.safetensors
-        (if there is a head). Interrupted whenever, it leaves the encoder that was there or this
-        one.
+        """Write config.json, model.safetensors (backbone, plain timm) and, for each head that there
+        is, projection.safetensors and contrastive_head.safetensors. Interrupted whenever, it leaves
+        the encoder that was there or this one.
 
         `dtype` torch.float16 halves the files: kernels and matrices are rounded to it, vectors are
         not. Raises CareHubError for a `dtype` of whole numbers, and where nothing can be written.
@@ -240,16 +255,16 @@ class Encoder(nn.Module):
 
         backbone = stored(self.backbone)
         files = {"model.safetensors": to_plain(backbone, stem) if stem else backbone}
-        if self.projection is not None:
-            files["projection.safetensors"] = stored(self.projection)
+        heads = {f"{name}.safetensors": getattr(self, name) for name in HEADS}
+        files |= {name: stored(head) for name, head in heads.items() if head is not None}
         with export.folder_lock(folder):
             sums = {name: export.write_pending(folder, tensors) for name, tensors in files.items()}
             care = replace(self.config, sha256=sums)
             config = timm_config(care, self.backbone) | {"care": care.to_json()}
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
             export.settle(folder, sums)
-            if self.projection is None:
-                (folder / "projection.safetensors").unlink(missing_ok=True)
+            for name in heads.keys() - files.keys():
+                (folder / name).unlink(missing_ok=True)
         return folder
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -282,14 +297,17 @@ class Encoder(nn.Module):
     def from_folder(cls, folder: Path) -> "Encoder":
         """Load an export folder, trusting nothing in it. Raises CareHubError."""
         config, stored = export.read_config(folder)
-        weights, head_file = folder / "model.safetensors", folder / "projection.safetensors"
-        named = config.projection or head_file.name in config.sha256  # else of an encoder there before
-        head = read_header(head_file)[0] if named and own_file(head_file) else None
-        if head is None:
-            config = replace(config, projection=None)
-        elif config.projection != (found := export.projection_of(head)):
-            both = f"{config.projection}, {found}"
-            raise CareHubError(f"'{folder / 'config.json'}' and the weights disagree on the head: {both}.")
+        weights, heads = folder / "model.safetensors", {k: folder / f"{k}.safetensors" for k in HEADS}
+        shapes: dict[str, Any] = {}
+        for name, path in heads.items():
+            shape = getattr(config, name)
+            named = shape or path.name in config.sha256  # else of an encoder there before
+            head = read_header(path)[0] if named and own_file(path) else None
+            shapes[name] = shape if head is not None else None
+            if head is not None and shape != (found := export.projection_of(head)):
+                disagree = f"'{folder / 'config.json'}' and '{path.name}' disagree on the head"
+                raise CareHubError(f"{disagree}: {shape}, {found}.")
+        config = replace(config, **shapes)
         _check_size(config, weights)
         encoder = cls(config)
         _check_twin(stored, timm_config(config, encoder.backbone), folder)
@@ -297,9 +315,9 @@ class Encoder(nn.Module):
         state = read_tensors(weights, _stored_state(encoder))
         stem = SMALL.get(config.model)
         export.fill(encoder.backbone, from_plain(state, stem) if stem else state, weights)
-        if encoder.projection is not None:
-            own = encoder.projection.state_dict()
-            export.fill(encoder.projection, read_tensors(head_file, own), head_file)
+        for name, path in heads.items():
+            if (module := getattr(encoder, name)) is not None:
+                export.fill(module, read_tensors(path, module.state_dict()), path)
         return encoder.eval()
 
 

@@ -42,14 +42,21 @@ def alignment(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     return -(z1 * z2).sum(dim=1).mean() / temperature
 
 
-def uniformity(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+def uniformity(z1: Tensor, z2: Tensor, temperature: float, own_view: bool = False) -> Tensor:
     """The part of InfoNCE that spreads the images over the sphere: mean over the 2B anchors of
     log sum e^{s_k / t} over the 2B - 2 views k of other images.
 
+    `own_view`: over the other view of the same image too, so that augmentations spread as well.
+    Source: Wang & Isola 2020, up to constants.
+
     >>> uniformity(torch.eye(3), torch.eye(3), temperature=0.5)  # log(4 e^0)
     tensor(1.3863)
+    >>> uniformity(torch.eye(3), torch.eye(3), temperature=0.5, own_view=True)  # log(4 e^0 + e^2)
+    tensor(2.4327)
     """
-    negatives = _logits(z1, z2, temperature).scatter(1, _positives(z1)[:, None], float("-inf"))
+    negatives = _logits(z1, z2, temperature)
+    if not own_view:
+        negatives = negatives.scatter(1, _positives(z1)[:, None], float("-inf"))
     return negatives.logsumexp(dim=1).mean()
 
 

@@ -332,9 +332,10 @@ _TABLE = (
     ("color", "color", "top-1 of a linear probe for the color", "%", "higher"),
     *((name, name, f"linear probe for the {what}", "R²", "higher") for name, what in _PROBES.items()),
     # Training
-    ("loss", "loss", "InfoNCE + λ · equivariance loss"),
+    ("loss", "loss", "InfoNCE + λ · equivariance loss, and of a steering head its uniformity"),
     ("infonce", "InfoNCE", "the contrastive loss"),
     ("equivariance", "equivariance loss", "change of the Gram matrices within a group"),
+    ("uniformity", "uniformity loss", "how close the steering head's embeddings are to each other"),
     ("weight", "λ", "weight of the equivariance loss"),
     ("lr", "learning rate", "learning rate of the optimizer"),
     ("images_per_second", "speed", "source images, not views, per second of training", "images/s"),

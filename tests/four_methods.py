@@ -27,6 +27,7 @@ METHODS = {
     "care-moco": {"weight": 0.3, "method": "moco", "queue_size": 80, "equivariant_batch_size": 8}
     | {"equivariance_jitter": (0.8, 0.8, 0.8, 0.5), "equivariance_crop": "shared"}
     | {"weight_start_epochs": 1 / 3},  # a step
+    "care-steering": {"weight": 0.3, "steering_head": True, "weight_start_epochs": 2 / 3},
 }
 COMMON = {
     "batch_size": 16,

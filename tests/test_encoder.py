@@ -1,5 +1,6 @@
 """Encoders take what people have, give what the contract says, and leave as folders that plain timm loads."""
 
+import copy
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -178,13 +179,17 @@ def test_what_encode_can_not_take_is_refused(encoder, tmp_path):
 
 
 def test_export_round_trip_is_exact(encoder, images, tmp_path):
+    encoder = copy.deepcopy(encoder)
+    fingerprint = encoder.fingerprint
+    encoder.set_contrastive_head(True)
+    assert encoder.fingerprint == fingerprint  # of the same embeddings
     encoder.save_pretrained(tmp_path)
     loaded = load_encoder(tmp_path)
     state = encoder.state_dict()
     assert all(torch.equal(state[k], v.cpu()) for k, v in loaded.state_dict().items())
     np.testing.assert_allclose(loaded.encode(images), encoder.encode(images), atol=1e-6)
     Encoder.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
-    for name in ("model.safetensors", "projection.safetensors"):
+    for name in ("model.safetensors", "projection.safetensors", "contrastive_head.safetensors"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
@@ -226,6 +231,25 @@ def test_without_a_projection_head_only_backbone_features(encoder, images, tmp_p
         loaded.encode(images)
 
 
+def test_a_contrastive_head_is_replaced_and_removed_with_its_encoder(encoder, tmp_path):
+    encoder = copy.deepcopy(encoder)
+    for wanted in (True, False, True):
+        encoder.set_contrastive_head(wanted)
+        encoder.save_pretrained(tmp_path)
+        assert (tmp_path / "contrastive_head.safetensors").exists() == wanted
+        assert (load_encoder(tmp_path).contrastive_head is not None) == wanted
+    state = {k: v.clone() for k, v in load_file(tmp_path / "contrastive_head.safetensors").items()}
+    (tmp_path / "contrastive_head.safetensors").write_bytes(b"{}")
+    with pytest.raises(CareHubError, match=r"contrastive_head.safetensors' is not a complete"):
+        load_encoder(tmp_path)
+    state.pop("0.weight")
+    save_file(state, tmp_path / "contrastive_head.safetensors")
+    with pytest.raises(CareHubError, match=r"'contrastive_head.safetensors' disagree on the head"):
+        load_encoder(tmp_path)
+    (tmp_path / "contrastive_head.safetensors").unlink()  # which embeds nothing
+    assert load_encoder(tmp_path).fingerprint == encoder.fingerprint
+
+
 @pytest.mark.parametrize("heads", [(32, 32), (32, None), (None, 32)])
 def test_an_export_that_is_replaced_is_the_old_or_the_new_whenever_that_is_interrupted(
     heads, images, tmp_path, monkeypatch
@@ -236,6 +260,7 @@ def test_an_export_that_is_replaced_is_the_old_or_the_new_whenever_that_is_inter
         encoder = randomized(Encoder.new("resnet10_w16_small", image_size=size, hidden=hidden or 8), seed)
         if not hidden:
             encoder.config, encoder.projection = replace(encoder.config, projection=None), None
+        encoder.set_contrastive_head(hidden == 32)
         encoders.append(encoder)
     old, new = (encoder.fingerprint for encoder in encoders)
     encoders[0].save_pretrained(tmp_path)
@@ -246,7 +271,8 @@ def test_an_export_that_is_replaced_is_the_old_or_the_new_whenever_that_is_inter
         assert not list(plain.glob(".pending*"))
         shutil.rmtree(plain)
     assert found == sorted(found, key=[old, new].index) and set(found) == {old, new}
-    names = {"config.json", "model.safetensors"} | ({"projection.safetensors"} if heads[1] else set())
+    names = {"config.json", "model.safetensors"}
+    names |= {"projection.safetensors", "contrastive_head.safetensors"} if heads[1] else set()
     assert visible(tmp_path).keys() == names
 
 

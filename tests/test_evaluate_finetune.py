@@ -21,9 +21,11 @@ def test_fine_tuning_is_repeatable_and_leaves_encoder_and_random_numbers_alone(t
     config = EvalConfig(
         "imagefolder", encoder="here", protocol="finetune", epochs=2, seeds=2, output_dir="there"
     )
+    encoder.set_contrastive_head(True)
     fingerprint, state = encoder.fingerprint, torch.get_rng_state()
     heads, tuned = finetune(encoder, train, test, accelerator, config)
     assert encoder.fingerprint == fingerprint and torch.equal(torch.get_rng_state(), state)
+    assert tuned.projection is tuned.contrastive_head is None and encoder.contrastive_head is not None
     assert [head.metrics["seed"] for head in heads] == [0, 1]
     assert not torch.equal(heads[0].weight, heads[1].weight)
     torch.rand(1)

@@ -39,6 +39,7 @@ def unchanged(config):
 
 
 NO_CONFIG = "not a care_hub configuration"
+WIDE = {"inputs": 128, "hidden": 10**12, "outputs": 16, "norm": True}
 HOSTILE = {
     "pickled weights only": (
         lambda e: {"config.json": (e / "config.json").read_bytes(), "pytorch_model.bin": b"\x80\x02"},
@@ -55,6 +56,7 @@ HOSTILE = {
         NO_CONFIG,
     ),
     "a head of another form": (lambda e: edited(e, care(projection={"hidden": 7})), NO_CONFIG),
+    "an absurd second head": (lambda e: edited(e, care(contrastive_head=WIDE)), NO_CONFIG),
     "results that are no numbers": (lambda e: edited(e, care(results={"knn_top1": "<b>"})), NO_CONFIG),
     "settings that are a list": (lambda e: edited(e, care(training=["lr"])), NO_CONFIG),
     "a weight in words": (lambda e: edited(e, care(weight="much")), NO_CONFIG),

@@ -29,10 +29,11 @@ def slow_info_nce(z1, z2, t):
     return total / len(z)
 
 
-def slow_uniformity(z1, z2, t):
+def slow_uniformity(z1, z2, t, own_view=False):
     z, total = torch.cat([z1, z2]), 0
     for i in range(len(z)):
-        negatives = (k for k in range(len(z)) if k not in (i, (i + len(z1)) % len(z)))
+        own = {i} if own_view else {i, (i + len(z1)) % len(z)}
+        negatives = (k for k in range(len(z)) if k not in own)
         total += math.log(sum(math.exp(float(z[i] @ z[k]) / t) for k in negatives))
     return total / len(z)
 
@@ -50,6 +51,8 @@ def test_losses_equal_their_definition_written_out():
     z1, z2 = unit(12, 5), unit(12, 5, seed=1)
     assert math.isclose(losses.info_nce(z1, z2, 0.3), slow_info_nce(z1, z2, 0.3), rel_tol=1e-12)
     assert math.isclose(losses.uniformity(z1, z2, 0.3), slow_uniformity(z1, z2, 0.3), rel_tol=1e-12)
+    with_own = losses.uniformity(z1, z2, 0.3, own_view=True)
+    assert math.isclose(with_own, slow_uniformity(z1, z2, 0.3, own_view=True), rel_tol=1e-12)
     assert math.isclose(losses.equivariance(z1, z2, 3), slow_equivariance(z1, z2, 3), rel_tol=1e-12)
     parts = losses.alignment(z1, z2, 0.3) + losses.uniformity(z1, z2, 0.3)
     assert parts < losses.info_nce(z1, z2, 0.3)  # uniformity leaves the positive out of its sum

@@ -24,6 +24,7 @@ def log(steps: int, speed: float = 100.0, weight: float = 1.0):
         "loss": 2.0,
         "infonce": 1.5,
         "equivariance": 0.1,
+        "uniformity": 5.0,
         "weight": weight,
         "lr": 0.1,
         "images_per_second": speed,

@@ -34,6 +34,37 @@ def test_simclr_is_info_nce_plus_weighted_equivariance(encoder):
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco"])
+def test_a_steering_head_rotates_and_infonce_has_a_head_of_its_own(encoder, method):
+    encoder.set_contrastive_head(True)
+    plain = Encoder.new("resnet10_w16_small", hidden=16, outputs=8)
+    plain.backbone, plain.projection = encoder.backbone, encoder.contrastive_head
+
+    def made(encoder, weight, **spread):
+        torch.manual_seed(0)  # of the queue
+        few = (encoder, 0.5, weight, 4)
+        return SimCLR(*few, **spread) if method == "simclr" else MoCo(*few, 1, 16, 0.9, 8, **spread)
+
+    steering = made(encoder, 0.3, spread=(0.4, 0.1))
+    found = steering(views(), views(seed=1))
+    expected = made(plain, 0.0)(views())["infonce"]
+    torch.testing.assert_close(found["infonce"], expected)
+    w1, w2 = encoder(views(seed=1)).chunk(2)
+    torch.testing.assert_close(found["equivariance"], losses.equivariance(w1, w2, 4))
+    torch.testing.assert_close(found["uniformity"], losses.uniformity(w1, w2, 0.1, own_view=True))
+    on_projection = found["equivariance"] + 0.4 * found["uniformity"]
+    torch.testing.assert_close(found["loss"], found["infonce"] + 0.3 * on_projection)
+    torch.testing.assert_close(steering(views())["uniformity"], losses.uniformity(
+        *encoder(views()).chunk(2), 0.1, own_view=True))  # fmt: skip
+
+    steering.weight = 0.0  # of a lambda that has not begun: every parameter has a gradient all the same
+    waiting = steering(views())
+    assert waiting["uniformity"] == waiting["equivariance"] == 0
+    waiting["loss"].backward()
+    assert all((p.grad == 0).all() for p in encoder.projection.parameters())
+    assert all(p.grad.any() for p in encoder.contrastive_head[3].parameters())
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco"])
 def test_group_views_change_nothing_in_the_contrastive_part(encoder, method):
     def first(weight):
         torch.manual_seed(0)

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -83,7 +84,8 @@ def test_one_process_may_train_in_one_precision_after_the_other():
 
 def test_the_final_screen_names_the_baseline_of_this_very_run(photos, tmp_path):
     flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32")
-    screen = train_here(tmp_path, *flags, "--temperature", "0.3", "--run-name", "a b", "--max-steps", "1")
+    flags += ("--temperature", "0.3", "--steering-head", "--run-name", "a b", "--max-steps", "1")
+    screen = train_here(tmp_path, *flags)
     (line,) = (line for line in screen.splitlines() if "--weight 0" in line)
     words = shlex.split(line, comments=True)
     assert words[:3] == ["accelerate", "launch", "train.py"]
@@ -92,6 +94,10 @@ def test_the_final_screen_names_the_baseline_of_this_very_run(photos, tmp_path):
         yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in ("a b", "a b-plain")
     )
     assert {k for k in care if care[k] != plain[k]} == {"weight", "run_name"} and plain["weight"] == 0
+    for name, steers in (("a b", True), ("a b-plain", False)):  # without lambda there is nothing to steer
+        assert all(("uniformity" in row) == steers for row in metrics(tmp_path / name))
+        assert (tmp_path / name / "export" / "contrastive_head.safetensors").exists() == steers
+        assert ("the head that rotates" in (tmp_path / name / "export" / "README.md").read_text()) == steers
     comparison = next(line for line in screen.splitlines() if "care-hub equivariance" in line)
     assert f"--data-root {photos}" in comparison
 
@@ -126,15 +132,16 @@ def test_optimizers_step_as_their_plain_forms_do(name):
 @pytest.mark.launches
 def test_a_network_with_dropout_is_resumed_to_the_bit_where_lambda_starts(photos, tmp_path):
     flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32", "--max-steps", "3")
-    flags += ("--model", "repghostnet_050", "--checkpoint-every", "2", "--run-name", "r")
+    flags += ("--model", "repghostnet_050", "--steering-head", "--checkpoint-every", "2", "--run-name", "r")
     flags += ("--weight-start-epochs", "0.67", "--weight-warmup-epochs", "0.67")
     plan = train_here(tmp_path, *flags)
     assert "after 0.67 epochs" in plan and "3 steps of 16 images (1.0 epochs; price: 4 SimCLR steps)" in plan
     assert [row["weight"] for row in metrics(tmp_path / "r") if "loss" in row] == [0, 0, 0.75]
     shutil.copytree(tmp_path / "r", tmp_path / "again" / "r", ignore=shutil.ignore_patterns("step-00000003"))
     assert "resumed with" not in train_here(tmp_path / "again", *flags, "--resume")
-    whole, resumed = (tmp_path / place / "r" / "export" / "model.safetensors" for place in ("", "again"))
-    assert whole.read_bytes() == resumed.read_bytes()
+    for name in ("model", "projection", "contrastive_head"):
+        path = Path("r") / "export" / f"{name}.safetensors"
+        assert (tmp_path / path).read_bytes() == (tmp_path / "again" / path).read_bytes()
 
 
 def test_a_network_with_infinite_constants_is_trained_saved_and_resumed(photos, tmp_path, monkeypatch):

@@ -52,6 +52,7 @@ def finetune(
         head = nn.utils.skip_init(nn.Linear, x.shape[1], len(names))
         head.weight.data, head.bias.data, _ = fit_best(x[index], y[index], len(names), seed)
         tuned = copy.deepcopy(encoder)
+        tuned.set_contrastive_head(False)
         tuned.projection = None  # it belonged to the features as they were
         _train(tuned, head, train, subset, accelerator, config, seed)
         logits = head(embed_all(tuned, test.images, accelerator, "backbone"))

@@ -22,6 +22,7 @@ FILES = [
     "config.json",
     "model.safetensors",
     "projection.safetensors",
+    "contrastive_head.safetensors",
     "linear_head.*.safetensors",
     "evaluation.json",
 ]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Okabe & Ito 2008: also color-blind readers can tell them apart.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, GRID, PAPER = "#1c1f24", "#dde1e6", "#ffffff"
-CURVES = ("loss", "infonce", "equivariance", "knn_top1", "weight", "lr", "images_per_second")
+CURVES = ("loss", "infonce", "equivariance", "uniformity", "knn_top1", "weight", "lr", "images_per_second")
 PANELS = {  # metric -> how to read its panel
     "rotation_invariance_ratio": "1: a rotation explains nothing",
     "gram_deviation": "change of inner products",

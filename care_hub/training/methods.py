@@ -23,6 +23,10 @@ class SimCLR(nn.Module):
     (Gupta et al. 2024). The two pairs go through the encoder one after the other, so the batch
     statistics behind InfoNCE are the same with and without equivariance. Where one pair serves both
     losses, every `stride`-th image of it was sampled per group.
+
+    An encoder with a contrastive head steers: InfoNCE is taken there, and may ignore the
+    augmentation. L = L_InfoNCE + weight * (L_equi + u * L_uniformity), with the last two on the
+    projection head; the last keeps the views of an image apart. `spread`: u and its temperature.
     """
 
     def __init__(
@@ -33,20 +37,24 @@ class SimCLR(nn.Module):
         groups: int,
         stride: int = 1,
         subtype: str = "infonce",
+        spread: tuple[float, float] = (0.33, 0.2),
     ):
         super().__init__()
         self.encoder = encoder
         self.temperature, self.weight, self.groups = temperature, weight, groups
-        self.stride, self.subtype = stride, subtype
+        self.stride, self.subtype, self.spread = stride, subtype, spread
 
     def forward(self, views: Tensor, group_views: Tensor | None = None) -> dict[str, Tensor]:
-        """The scalars loss, infonce and equivariance.
+        """The scalars loss, infonce, equivariance and, with a contrastive head, uniformity.
 
         `views`: (2b, 3, S, S), first view then second. `group_views`: the same for the pair sampled
         per group; None if `views` themselves were sampled per group, or `weight` is 0.
         """
         contrastive, pair = self.contrastive(views)
-        equivariance = contrastive.new_zeros(())
+        zero = contrastive.new_zeros(())
+        found = {"loss": contrastive, "infonce": contrastive, "equivariance": zero}
+        if self.steers:
+            found["uniformity"] = zero
         if self.weight:
             if group_views is not None:
                 pair = self.embed(group_views)
@@ -54,18 +62,31 @@ class SimCLR(nn.Module):
                 pair = self.embed(torch.cat([view[:: self.stride] for view in views.chunk(2)]))
             else:
                 pair = [z[:: self.stride] for z in pair]
-            equivariance = losses.equivariance(pair[0], pair[1], self.groups)
-        loss = contrastive + self.weight * equivariance
-        return {"loss": loss, "infonce": contrastive, "equivariance": equivariance}
+            found["equivariance"] = steering = losses.equivariance(pair[0], pair[1], self.groups)
+            if self.steers:
+                share, temperature = self.spread
+                found["uniformity"] = losses.uniformity(pair[0], pair[1], temperature, own_view=True)
+                steering = steering + share * found["uniformity"]
+            found["loss"] = contrastive + self.weight * steering
+        elif self.steers:  # as yet without a gradient, for which many processes would wait
+            unused = [p.sum() for k, p in self.encoder.named_parameters() if k.startswith("projection.")]
+            found["loss"] = contrastive + 0 * torch.stack(unused).sum()
+        return found
+
+    @property
+    def steers(self) -> bool:
+        """Whether InfoNCE has a head of its own."""
+        return self.encoder.contrastive_head is not None
 
     def contrastive(self, views: Tensor) -> tuple[Tensor, Sequence[Tensor] | None]:
-        """The contrastive loss, and the two embeddings of the global batch where it has them."""
-        first, second = self.embed(views)
-        return losses.contrastive(first, second, self.temperature, self.subtype), (first, second)
+        """The contrastive loss, and the two projections of the global batch where it has them."""
+        first, second = self.embed(views, contrastive=True)
+        loss = losses.contrastive(first, second, self.temperature, self.subtype)
+        return loss, None if self.steers else (first, second)
 
-    def embed(self, views: Tensor) -> Sequence[Tensor]:
-        """(2b, ...) of this process -> two (B, d) of all processes."""
-        return [gather(z) for z in self.encoder(views).chunk(2)]
+    def embed(self, views: Tensor, contrastive: bool = False) -> Sequence[Tensor]:
+        """(2b, ...) of this process -> two (B, d) of all processes, as `Encoder.forward` gives them."""
+        return [gather(z) for z in self.encoder(views, contrastive).chunk(2)]
 
     def after_step(self) -> None:
         """Called once after every optimizer step."""
@@ -91,8 +112,9 @@ class MoCo(SimCLR):
         queue_size: int,
         momentum: float,
         dim: int,
+        spread: tuple[float, float] = (0.33, 0.2),
     ):
-        super().__init__(encoder, temperature, weight, groups, stride)
+        super().__init__(encoder, temperature, weight, groups, stride, spread=spread)
         self.momentum = momentum
         self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
@@ -101,9 +123,9 @@ class MoCo(SimCLR):
     def contrastive(self, views: Tensor) -> tuple[Tensor, None]:
         """InfoNCE of queries against keys and queue; there is no pair of embeddings with gradients."""
         first, second = views.chunk(2)
-        queries = gather(self.encoder(first))
+        queries = gather(self.encoder(first, contrastive=True))
         with torch.no_grad():
-            keys = gather(self.key_encoder(second)).to(self.queue.dtype)
+            keys = gather(self.key_encoder(second, contrastive=True)).to(self.queue.dtype)
         loss = losses.moco(queries, keys, self.queue.clone(), self.temperature)
         where = (self.place + torch.arange(len(keys), device=keys.device)) % len(self.queue)
         self.queue[where] = keys

@@ -23,7 +23,6 @@ from ..schedule import Plan
 from .checkpoint import resumable
 
 logger = logging.getLogger(__name__)
-LOSSES = ("loss", "infonce", "equivariance")
 POSTFIX = "loss {loss:.3f} infonce {infonce:.3f} equi {equivariance:.3f} {images_per_second:.0f} images/s"
 
 
@@ -55,6 +54,7 @@ class Progress:
         self.seconds, self.durations = seconds, list[float]()
         self.pending: list[tuple[int, Tensor, dict[str, float]]] = []
         self.micro: list[Tensor] = []
+        self.losses: tuple[str, ...] = ()  # their names
         self.file: TextIO | None = None
         self.path = run / "metrics.jsonl"
         if self.main:
@@ -67,7 +67,8 @@ class Progress:
 
     def add_losses(self, losses: dict[str, Tensor]) -> None:
         """The losses of one micro-batch."""
-        self.micro.append(torch.stack([losses[name].detach() for name in LOSSES]))
+        self.losses = tuple(losses)
+        self.micro.append(torch.stack([loss.detach() for loss in losses.values()]))
 
     def add_step(self, step: int, lr: float, weight: float, seconds: float) -> None:
         """One optimizer step is done, on the micro-batches since the last."""
@@ -92,7 +93,7 @@ class Progress:
         values = torch.stack([losses for _, losses, _ in self.pending]).tolist()
         for (step, _, others), losses in zip(self.pending, values, strict=True):
             row: dict[str, Any] = {"step": step + 1, "epoch": step // self.plan.steps_per_epoch + 1}
-            row |= zip(LOSSES, losses, strict=True)
+            row |= zip(self.losses, losses, strict=True)
             if not math.isfinite(row["loss"]):
                 advice = "lower `lr` or try `mixed_precision='no'` (earlier checkpoints are kept)"
                 raise CareHubError(f"the loss became {row['loss']} at step {step + 1}; {advice}.")

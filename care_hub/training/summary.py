@@ -29,7 +29,7 @@ def plan_text(
             method += f" after {config.weight_start_epochs:g} epochs"
         if config.weight_warmup_epochs:
             method += f" growing over {config.weight_warmup_epochs:g} epochs"
-        method += f", {config.equiv_splits} groups"
+        method += f", {config.equiv_splits} groups" + ", steering head" * config.steering_head
     if config.method == "moco":
         method += f", queue {config.queue_for(len(train)):,}"
     batch = f"{config.batch_size} images"

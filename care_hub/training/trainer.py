@@ -147,6 +147,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Setup:
         config.projection_norm,
         crop_pct=augmentation.size / train_images.size,
     )
+    encoder.set_contrastive_head(config.steering_head and config.weight > 0)
     smallest = config.batch_size * (1 if config.method == "moco" else 2)  # batch that the encoder sees
     from_main(lambda: run.rehearse(encoder, min(2, smallest)))
     setup = Setup(config, accelerator, train_images, test_images, plan, augmentation, encoder)
@@ -302,9 +303,11 @@ def make_method(config: TrainConfig, encoder: Encoder, images: int) -> SimCLR:
     """The module that turns views into losses, for so many training images."""
     stride = config.equivariance_stride if config.views == "shared" else 1
     common = (encoder, config.temperature, config.weight, config.equiv_splits, stride)
+    spread = (config.steering_uniformity, config.steering_temperature)
     if config.method == "simclr":
-        return SimCLR(*common, config.loss_subtype)
-    return MoCo(*common, config.queue_for(images), config.momentum_encoder, config.projection_dim)
+        return SimCLR(*common, config.loss_subtype, spread)
+    queue = (config.queue_for(images), config.momentum_encoder, config.projection_dim)
+    return MoCo(*common, *queue, spread)
 
 
 def make_optimizer(config: TrainConfig, method: nn.Module) -> torch.optim.Optimizer:

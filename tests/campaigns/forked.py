@@ -32,6 +32,7 @@ from care_hub.training.progress import Progress
 METHODS = {
     "SimCLR": ("--weight", "0"),
     "CARE, shared views": ("--views", "shared"),
+    "CARE, steering head": ("--steering-head",),
     "MoCo": ("--method", "moco", "--queue-size", "32"),
 }
 STEPS = ("--max-steps", "6", "--checkpoint-every", "2", "--warmup-epochs", "0", "--weight-warmup-epochs", "0")

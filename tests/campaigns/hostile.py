@@ -42,6 +42,7 @@ from care_hub.rotation import Rotation
 SECONDS, MEGABYTES = 20, 500  # an attempt takes less
 SECRET = "the user's secret"
 MODEL, PROJECTION, HEAD = "model.safetensors", "projection.safetensors", "linear_head.shapes.safetensors"
+CONTRASTIVE = "contrastive_head.safetensors"
 RECORD, ROTATION = "evaluation.json", "rotation.safetensors"
 INF, NAN, HUGE, DEEP = float("inf"), float("nan"), 10**400, "<deep>"  # DEEP: 100,000 lists in each other
 WRONG = {
@@ -62,6 +63,8 @@ CARE = {
     "projection.hidden": [*WRONG[int], None, 0, -1, 2**62],
     "projection.outputs": [*WRONG[int], None, 0, -1, 2**62],
     "projection.norm": [1, 1.5, "true", None, [True], {}],
+    "contrastive_head": [*WRONG[dict], {}],
+    "contrastive_head.inputs": [*WRONG[int], None, 0, -1, 2**62],
     "method": WRONG[str],
     "weight": WRONG[float],
     "groups": WRONG[int],
@@ -103,6 +106,7 @@ NUMBERS = (torch.int64, torch.complex64, torch.float64, torch.bool, torch.uint8,
 TENSORS = {
     MODEL: ("conv1.weight", "layer1.0.conv1.weight", "bn1.bias", "bn1.running_var"),
     PROJECTION: ("0.weight", "1.running_mean", "3.bias"),
+    CONTRASTIVE: ("0.weight",),
     HEAD: ("weight", "bias"),
 }
 
@@ -175,7 +179,8 @@ def values() -> Iterator[Attempt]:
     def in_tensor(file: str, change: Callable[[dict], dict]) -> Callable[[Path], None]:
         return lambda folder: rewrite(folder / file, change)
 
-    use = {MODEL: care_hub.load_encoder, PROJECTION: care_hub.load_encoder, HEAD: care_hub.load_linear_head}
+    use = dict.fromkeys((MODEL, PROJECTION, CONTRASTIVE), care_hub.load_encoder)
+    use[HEAD] = care_hub.load_linear_head
     for place, wrong in CARE.items():
         for value in wrong:
             yield f"care.{place}", in_config(("care", *place.split(".")), value), care_hub.load_encoder
@@ -241,10 +246,10 @@ def believe(folder: Path) -> None:
         raise CareHubError(told.getvalue())
 
 
-FILES = ("config.json", MODEL, PROJECTION, HEAD, RECORD, "README.md", "neighbors.png")
+FILES = ("config.json", MODEL, PROJECTION, CONTRASTIVE, HEAD, RECORD, "README.md", "neighbors.png")
 # What loads as if nothing were there, as it should: these files may be absent, and text is text.
 HARMLESS = {
-    *((name, "missing") for name in (PROJECTION, RECORD, "README.md", "neighbors.png")),
+    *((name, "missing") for name in (PROJECTION, CONTRASTIVE, RECORD, "README.md", "neighbors.png")),
     *(("README.md", trick) for trick in ("empty", "cut in half", "noise", "a pickle", "a web page")),
     *(("neighbors.png", trick) for trick in ("empty", "cut in half", "noise", "a pickle", "a web page")),
 }
@@ -385,6 +390,7 @@ def make(folder: Path) -> Path:
     """A sound export with a head, a record, a card and a figure, and a rotation beside."""
     torch.manual_seed(0)
     encoder = care_hub.Encoder.new("resnet10_w16_small", hidden=32, outputs=16)
+    encoder.set_contrastive_head(True)
     encoder.save_pretrained(folder)
     names = [f"class {k}" for k in range(10)]
     LinearHead("shapes", torch.randn(10, 128), torch.randn(10), names, {"top1": 61.5, "seeds": 1}).save(

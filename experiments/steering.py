@@ -1,0 +1,185 @@
+"""Ways to train a steering head, chosen between on a validation fifth of CIFAR-10's training images.
+
+    nice python experiments/steering.py path/to/cifar10             # all; minutes for each arm and seed
+    nice python experiments/steering.py path/to/cifar10 --only twin --only C --seed 3
+
+Trains recipes/cifar10_small.yaml, but for the options of each arm, on four fifths of the training images;
+kNN, linear probe and the same-image retrieval of colors are measured on the other fifth. An arm and seed
+that is in the JSON is not repeated. Prints means over the seeds as a Markdown table.
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import click
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from care_hub import losses
+from care_hub.config import EvalConfig, TrainConfig, read_yaml
+from care_hub.data.images import Images
+from care_hub.data.sources import load_splits
+from care_hub.distributed import gather, inference_accelerator
+from care_hub.encoder import Encoder
+from care_hub.evaluate.equivariance import NOTHING, augmentations
+from care_hub.evaluate.features import embed_view, labeled
+from care_hub.evaluate.linear import linear_probe, validation_split
+from care_hub.files import write_text
+from care_hub.metrics import retrieval_ranks
+from care_hub.rotation import procrustes
+from care_hub.training import trainer
+from care_hub.training.methods import SimCLR
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "cifar10_small.yaml"
+COLOR = (0.4, 0.4, 0.4, 0.5)
+DRAWS, FITTED, MEASURED = 50, 2000, 500
+COLUMNS = {
+    "knn_top1": "kNN, %",
+    "probe": "linear probe, %",
+    "hit_at_1": "same image: H@1, %",
+    "hit_at_5": "H@5, %",
+    "mrr": "MRR",
+    "cosine": "cos(R f(x), f(ax))",
+    "cosine_unrotated": "cos(f(x), f(ax))",
+    "training_seconds": "seconds",
+}
+
+
+class OthersOnly(SimCLR):
+    """The own other view is no negative: a head that ignores the augmentation is not pushed off it."""
+
+    def forward(self, views: Tensor, group_views: Tensor | None = None) -> dict[str, Tensor]:
+        uniformity = losses.uniformity
+        with patch.object(losses, "uniformity", lambda a, b, t, own_view: uniformity(a, b, t)):
+            return super().forward(views, group_views)
+
+
+class Detached(SimCLR):
+    """What the steering head learns does not reach the backbone."""
+
+    def embed(self, views: Tensor, contrastive: bool = False) -> Sequence[Tensor]:
+        if contrastive or self.encoder.projection is None:
+            return super().embed(views, contrastive)
+        z = self.encoder.projection(self.encoder.features(views).detach())
+        return [gather(half) for half in F.normalize(z, dim=1).chunk(2)]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Options beside those of the recipe, and the method if it isn't that of the package."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    method: type[SimCLR] = SimCLR
+    shared: bool = False  # one pair of views, sampled per group, for all terms
+
+
+VIEWS: dict[str, Any] = {
+    "equivariance_jitter": COLOR,
+    "equivariance_jitter_p": 1.0,
+    "equivariance_crop": False,
+    "equivariance_grayscale": 0.0,
+    "equivariance_blur": 0.0,
+    "equivariance_flip": 0.0,
+}
+ONE_HEAD = VIEWS | {"weight": 1.5, "weight_warmup_epochs": 1}
+C = ONE_HEAD | {"steering_head": True, "steering_uniformity": 1 / 3, "steering_temperature": 0.2}
+ALL_IMAGES: dict[str, Any] = {"equivariant_batch_size": None, "equiv_splits": 8}
+WEAK = {"jitter": (0.1, 0.1, 0.1, 0.02), "grayscale": 0.0}
+ARMS = {
+    "twin": Arm({"weight": 0.0}),
+    "A": Arm(ONE_HEAD | WEAK),
+    "C": Arm(C),
+    "weight 0.5, uniformity as in C": Arm(C | {"weight": 0.5, "steering_uniformity": 1.0}),
+    "weight 4": Arm(C | {"weight": 4.0}),
+    "uniformity 0.1": Arm(C | {"steering_uniformity": 0.1}),
+    "uniformity 1": Arm(C | {"steering_uniformity": 1.0}),
+    "uniformity 3": Arm(C | {"steering_uniformity": 3.0}),
+    "temperature 0.1": Arm(C | {"steering_temperature": 0.1}),
+    "temperature 0.5": Arm(C | {"steering_temperature": 0.5}),
+    "2 groups of 16": Arm(C | {"equiv_splits": 2}),
+    "8 groups of 4": Arm(C | {"equiv_splits": 8}),
+    "all images, 8 groups of 8": Arm(C | ALL_IMAGES),
+    "heads 512-32": Arm(C | {"projection_dim": 32}),
+    "heads 512-256": Arm(C | {"projection_dim": 256}),
+    "heads 1024-128": Arm(C | {"projection_hidden": 1024}),
+    "own view no negative": Arm(C, OthersOnly),
+    "crops shared": Arm(C | {"equivariance_crop": "shared"}),
+    "one pair for all terms": Arm(
+        {"jitter": COLOR, **{k: v for k, v in C.items() if k not in VIEWS}}, shared=True
+    ),
+    "stop-gradient": Arm(C, Detached),
+    "lambda in the last third": Arm(C | {"weight_start_epochs": 2, "weight_warmup_epochs": 0.25}),
+    "weak contrastive color": Arm(C | WEAK),
+}
+
+
+def same_image(encoder: Encoder, images: Tensor) -> dict[str, float]:
+    """Does R_k f(x) find f(a_k x) among all draws a of the same image? R is fitted on other images."""
+    color = replace(NOTHING, size=encoder.config.image_size, jitter=COLOR, jitter_p=1)
+    z, turned, views = embed_view(encoder, images), [], []
+    for step in augmentations("full recipe", color, DRAWS):
+        view = embed_view(encoder, images, step)
+        r = procrustes(z[:FITTED], view[:FITTED]).to(z)
+        turned.append(z[FITTED:] @ r.T)
+        views.append(view[FITTED:])
+    queries, candidates = (torch.stack(each, dim=1) for each in (turned, views))  # (images, draws, d)
+    ranks = torch.stack([retrieval_ranks(*pair) for pair in zip(queries, candidates, strict=True)])
+    found = {f"hit_at_{k}": 100 * (ranks <= k).float().mean() for k in (1, 5)}
+    found |= {"mrr": (1 / ranks).mean(), "cosine": (queries * candidates).sum(dim=2).mean()}
+    found["cosine_unrotated"] = (z[FITTED:, None] * candidates).sum(dim=2).mean()
+    return {name: round(float(value), 4) for name, value in found.items()}
+
+
+def run(arm: Arm, folder: Path, splits: tuple[Images, Images], options: dict[str, Any]) -> dict[str, float]:
+    """Train and measure one arm; a training that was killed goes on."""
+    place = {"save_root": str(folder.parent), "run_name": folder.name, "resume": "auto", "knn_every": 0}
+    config = TrainConfig(**read_yaml(RECIPE) | arm.options | options | place)
+    if arm.shared:
+        config.views = "shared"  # which TrainConfig refuses
+    with patch.multiple(trainer, load_splits=lambda *_, **__: splits, SimCLR=arm.method):
+        results = trainer.train(config)
+    encoder = Encoder.from_pretrained(folder)
+    probe = EvalConfig(encoder=str(folder), dataset_name="cifar10")
+    (head,) = linear_probe(encoder, *labeled("cifar10", *splits), inference_accelerator(), probe)
+    pixels = splits[1].take(torch.arange(FITTED + MEASURED)).pixels
+    return results | {"probe": head.metrics["top1"]} | same_image(encoder, pixels)
+
+
+def cell(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.3g}"
+    return f"{mean} ± {statistics.stdev(values):.2g}" if len(values) > 1 else mean
+
+
+@click.command()
+@click.argument("data_root", type=click.Path(exists=True))
+@click.option("--only", multiple=True, type=click.Choice(list(ARMS)), help="default: all")
+@click.option("--seed", "seeds", multiple=True, type=int, default=(3,), show_default=True)
+@click.option("--epochs", default=3, show_default=True)
+@click.option("--root", default="runs/steering", show_default=True, type=click.Path(path_type=Path))
+def main(data_root: str, only: tuple[str, ...], seeds: tuple[int, ...], epochs: int, root: Path) -> None:
+    data = {"dataset_name": "cifar10", "data_root": data_root, "epochs": epochs}
+    train, _ = load_splits(TrainConfig(**data), progress=False)
+    rest, held_out = validation_split(len(train), seed=0)
+    splits, path = (train.take(rest), train.take(held_out)), root / "steering.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    for name in only or ARMS:
+        for seed in seeds:
+            key = f"{name}, {epochs} epochs, seed {seed}"
+            if key not in found:
+                folder = root / key.replace(",", "").replace(" ", "-")
+                found[key] = run(ARMS[name], folder, splits, data | {"seed": seed})
+                write_text(path, json.dumps(found, indent=2) + "\n")
+    click.echo("| | " + " | ".join(COLUMNS.values()) + " |\n" + "|---" * (1 + len(COLUMNS)) + "|")
+    for name in only or ARMS:
+        rows = [found[f"{name}, {epochs} epochs, seed {seed}"] for seed in seeds]
+        click.echo(f"| {name} | " + " | ".join(cell([row[key] for row in rows]) for key in COLUMNS) + " |")
+
+
+if __name__ == "__main__":
+    main()
