@@ -25,7 +25,7 @@ METHODS = {
     "care": {"weight": 0.3},
     "moco": {"weight": 0.0, "method": "moco", "queue_size": 80},
     "care-moco": {"weight": 0.3, "method": "moco", "queue_size": 80, "equivariant_batch_size": 8}
-    | {"equivariance_jitter": (0.8, 0.8, 0.8, 0.5), "equivariance_crop": "shared"}
+    | {"equivariance_jitter": (0.4, 0.4, 0.4, 0.1), "equivariance_crop": "shared"}
     | {"weight_start_epochs": 1 / 3},  # a step
     "care-steering": {"weight": 0.3, "steering_head": True, "weight_start_epochs": 2 / 3},
 }
