@@ -403,8 +403,8 @@ def blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     return x.index_copy(0, index, y)
 
 
-def rotate(x: Tensor, degrees: float) -> Tensor:
-    """(B, 3, S, S) rotated counter-clockwise about the center, bilinear.
+def rotate(x: Tensor, degrees: float | Tensor) -> Tensor:
+    """(B, 3, S, S) rotated counter-clockwise about the center by `degrees`, or (B,) of them; bilinear.
 
     Beyond the border the image is reflected: black corners would tell the angle.
 
@@ -413,7 +413,8 @@ def rotate(x: Tensor, degrees: float) -> Tensor:
     tensor([[1., 3.],
             [0., 2.]])
     """
-    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    matrix = x.new_tensor([[c, -s, 0], [s, c, 0]]).expand(len(x), 2, 3)
+    angle = torch.as_tensor(degrees, dtype=torch.float64).deg2rad().expand(len(x))
+    c, s, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    matrix = _beside(x, torch.stack([c, -s, zero, s, c, zero], dim=1).view(-1, 2, 3).to(x.dtype))
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)

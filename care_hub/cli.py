@@ -327,7 +327,10 @@ def knn(encoder: str, **options: Any) -> None:
 )
 @click.option("-o", "--output", type=PATH, help="a folder for equivariance.json and figures of all encoders")
 def equivariance(encoders: tuple[str, ...], **options: Any) -> None:
-    """How far augmentations act as rotations on the embeddings of ENCODERS; saved in their cards."""
+    """How far augmentations act as rotations on the embeddings of ENCODERS; saved in their cards.
+
+    ENCODERS may be networks of timm's too (architecture.tag, a folder or a repository): their features.
+    """
     from .evaluate.commands import evaluate_equivariance
     from .report.tables import geometry_text
 

@@ -4,6 +4,7 @@ Command line, YAML, checkpoints and model cards read them. The defaults are thos
 recipes/shapes.yaml.
 """
 
+import copy
 import dataclasses
 import math
 import numbers
@@ -26,6 +27,7 @@ from .errors import CareHubError, printable, suggest
 LARGEST_IMAGE = 2048  # pixels a side
 WIDEST_LAYER = 65536  # of a projection head
 LABEL_LENGTH = 64  # it becomes part of the names of files
+DEFAULT_MODEL = "resnet10_w16_small"
 
 
 def option(
@@ -96,11 +98,21 @@ class TrainConfig(DataConfig):
     """Options of train.py and of `care_hub.train`. Raises CareHubError for values that can't work."""
 
     dataset_name: str = _data("shapes", DataConfig.__dataclass_fields__["dataset_name"].metadata["help"])
-    image_size: int | None = _data(None, "side of the views in pixels (default: the data set's own)")
+    image_size: int | None = _data(
+        None, "side of the views in pixels (default: the data set's own; with --init that of its images)"
+    )
 
     model: str = _model(
-        "resnet10_w16_small", "any timm backbone; with a stem for small images: resnet18_cifar, ..."
+        None,
+        "any timm backbone; with a stem for small images: resnet18_cifar, ... (default: that of --init, "
+        f"else {DEFAULT_MODEL})",
     )
+    init: str | None = _model(
+        None,
+        "start from these weights: a run or export folder, a registry name, a Hub id, or architecture.tag "
+        "for timm's",
+    )
+    freeze_backbone: bool = _model(False, "train the projection head alone, on the backbone of --init")
     projection_hidden: int = _model(512, "hidden width of the projection head")
     projection_dim: int = _model(128, "dimension of the sphere on which rotations act")
     projection_norm: bool = _model(True, "BatchNorm in the projection head")
@@ -220,6 +232,8 @@ class TrainConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.init:  # which else fixes the architecture
+            self.init, self.model = None, self.model or DEFAULT_MODEL
         self.accumulation_given = self.gradient_accumulation is not None
         if not self.accumulation_given:
             self.gradient_accumulation = 1
@@ -242,6 +256,8 @@ class TrainConfig(DataConfig):
             raise CareHubError(f"`blur_kernel_size` must be odd, got {self.blur_kernel_size}.")
         if self.resume and not self.run_name:
             raise CareHubError("`resume` needs `run_name`, the name of the run to resume.")
+        if self.freeze_backbone and not self.init:
+            raise CareHubError("`freeze_backbone` needs `init`, the encoder whose backbone it is.")
         if self.weight == 0 and self.loss_subtype == "none":
             raise CareHubError("`loss_subtype='none'` with `weight=0` leaves no loss at all; change one.")
         name = self.run_name or "run"
@@ -298,6 +314,9 @@ class TrainConfig(DataConfig):
             )
         if self.steering_head and self.views == "shared":
             raise CareHubError("`steering_head` takes views of its own; use `views='separate'`.")
+        if self.steers_alone and self.weight_start_epochs:
+            nothing = "over a frozen backbone `steering_head` has nothing to train before that"
+            raise CareHubError(f"`weight_start_epochs` must be 0: {nothing}.")
         if self.steering_head and self.loss_subtype == "none":
             none = "`loss_subtype='none'` trains nothing but the head that rotates"
             raise CareHubError(f"{none}; leave `steering_head` out.")
@@ -316,6 +335,19 @@ class TrainConfig(DataConfig):
         taken = dataclasses.replace(self, gradient_accumulation=launched)
         taken.accumulation_given = False
         return taken
+
+    def start_from(self, initial: "EncoderConfig") -> "TrainConfig":
+        """These options with the architecture of `initial`, the encoder that `init` names, and its image
+        size where none is given.
+
+        Raises CareHubError if another architecture is given.
+        """
+        if self.model not in (None, initial.model):
+            other = f"`model='{self.model}'` is not the architecture of '{self.init}'"
+            raise CareHubError(f"{other}, which is {initial.model}; leave `model` out.")
+        config = copy.copy(self)
+        config.model, config.image_size = initial.model, self.image_size or initial.image_size
+        return config
 
     def check_processes(self, count: int) -> None:
         """Raise CareHubError if the batch or its groups can't be spread over `count` processes."""
@@ -344,13 +376,19 @@ class TrainConfig(DataConfig):
         return {name: value for name, value in given.items() if value is not None}
 
     @property
+    def steers_alone(self) -> bool:
+        """Whether there is no InfoNCE: its own head would serve nothing where the backbone is frozen."""
+        return self.steering_head and self.freeze_backbone and self.weight > 0
+
+    @property
     def method_name(self) -> str:
         """The method as it is called in text."""
         return f"CARE-{self.method}" if self.weight else self.method
 
     def published(self) -> dict[str, Any]:
         """The options that mean something elsewhere, for a run's public record."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["published"]}
+        public = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["published"]}
+        return public | {"init": self.init and source_name(self.init)}
 
 
 @dataclass
@@ -435,6 +473,7 @@ class EncoderConfig:
     results: dict[str, float] = field(default_factory=dict)  # results.json
     versions: dict[str, str] = field(default_factory=dict)
     finetuned: str | None = None  # the data set whose labels were used
+    init: dict[str, str] = field(default_factory=dict)  # name and license of the weights that it began with
     sha256: dict[str, str] = field(default_factory=dict)  # of the files beside config.json
     extra: dict[str, Any] = field(default_factory=dict)  # what other versions or programs wrote
 
@@ -633,6 +672,18 @@ KINDS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     float: ("a finite number", _read_number),
     str: ("text (in YAML: in quotes)", _read_text),
 }
+
+
+def source_name(source: str) -> str:
+    """An encoder's name for others: a registry name, timm's or a Hub id as it is, else the folder's own.
+
+    >>> source_name("/home/ann/runs/birds/export"), source_name("resnet18.a1_in1k"), source_name("ann/birds")
+    ('birds', 'resnet18.a1_in1k', 'ann/birds')
+    """
+    if source.count("/") < 2 and not source.startswith(("/", ".", "~")) and not os.path.isdir(source):
+        return source
+    path = Path(source).resolve()
+    return path.parent.name if path.name == "export" else path.name
 
 
 def nearest_divisor(number: int, wanted: int, most: int | None = None) -> int:

@@ -53,6 +53,7 @@ class Encoder(nn.Module):
         self.backbone: Backbone = backbone or build_backbone(config.model, config.image_size)
         self.projection = projection_head(config.projection) if config.projection else None
         self.contrastive_head = projection_head(config.contrastive_head) if config.contrastive_head else None
+        self.frozen = False  # the backbone, see `freeze_backbone`
 
     @classmethod
     def new(
@@ -103,6 +104,18 @@ class Encoder(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) normalized images -> (B, num_features), as timm pools them."""
         return self.backbone(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
+
+    def freeze_backbone(self) -> None:
+        """Keep the backbone's weights and statistics as they are, in train mode too."""
+        self.frozen = True
+        self.backbone.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Train or eval mode; a frozen backbone stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -294,9 +307,13 @@ class Encoder(nn.Module):
         return cls.from_folder(locate(source, revision, token, cache_dir, local_files_only))
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "Encoder":
-        """Load an export folder, trusting nothing in it. Raises CareHubError."""
-        config, stored = export.read_config(folder)
+    def from_folder(cls, folder: Path, plain: bool = False) -> "Encoder":
+        """Load an export folder, trusting nothing in it. Raises CareHubError.
+
+        `plain`: or one that timm wrote, of a network in the usual form of its architecture; the
+        encoder has no head then.
+        """
+        config, stored = export.read_config(folder, plain)
         weights, heads = folder / "model.safetensors", {k: folder / f"{k}.safetensors" for k in HEADS}
         shapes: dict[str, Any] = {}
         for name, path in heads.items():
@@ -308,11 +325,14 @@ class Encoder(nn.Module):
                 disagree = f"'{folder / 'config.json'}' and '{path.name}' disagree on the head"
                 raise CareHubError(f"{disagree}: {shape}, {found}.")
         config = replace(config, **shapes)
-        _check_size(config, weights)
+        _check_size(config, weights, plain)
         encoder = cls(config)
-        _check_twin(stored, timm_config(config, encoder.backbone), folder)
+        if not plain or "care" in stored:
+            _check_twin(stored, timm_config(config, encoder.backbone), folder)
         export.check_sums(folder, config.sha256)
-        state = read_tensors(weights, _stored_state(encoder))
+        own = _stored_state(encoder)
+        state = read_tensors(weights, own | (_classifier(encoder, weights) if plain else {}))
+        state = {name: state[name] for name in own}
         stem = SMALL.get(config.model)
         export.fill(encoder.backbone, from_plain(state, stem) if stem else state, weights)
         for name, path in heads.items():
@@ -321,18 +341,26 @@ class Encoder(nn.Module):
         return encoder.eval()
 
 
-def _check_size(config: EncoderConfig, weights: Path) -> None:
+def _check_size(config: EncoderConfig, weights: Path, plain: bool) -> None:
     """Raise CareHubError unless the network fits the file of its weights, before it takes any memory."""
     with torch.device("meta"):
         try:
             encoder = Encoder(config)
         except CareHubError:  # also for some architectures of timm 1.0.21, which are only built for real
             return
-        check_tensors(read_header(weights)[0], _stored_state(encoder), weights)
+        own = _stored_state(encoder) | (_classifier(encoder, weights) if plain else {})
+        check_tensors(read_header(weights)[0], own, weights)
     size = sum(x.nbytes for x in (*encoder.parameters(), *encoder.buffers()))  # some make vast tables
     if size > 8 * weights.stat().st_size + (1 << 30):
         gigabytes = f"{size >> 30} GB at {config.image_size} pixels"
         raise CareHubError(f"'{weights}' is of a network that takes {gigabytes}, far more than the file.")
+
+
+def _classifier(encoder: Encoder, weights: Path) -> dict[str, Tensor]:
+    """The classifier that timm may have written beside the backbone, without its values."""
+    names = encoder.backbone.pretrained_cfg["classifier"] or ()
+    layers = (names,) if isinstance(names, str) else names
+    return {name: x for name, x in read_header(weights)[0].items() if name.rpartition(".")[0] in layers}
 
 
 def _stored_state(encoder: Encoder) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ A name is a folder (a run's or an export), a name in the registry, or the id of 
 """
 
 import fnmatch
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from .encoder import Encoder
 from .errors import CareHubError
 from .hub.client import find_repositories
-from .hub.export import export_folder
+from .hub.export import export_folder, plain_config
 from .hub.linear_head import LinearHead, find_head
 from .hub.push import push_folder
 from .hub.registry import entries, find_entry, locate
@@ -38,6 +39,22 @@ def load_encoder(
     """
     encoder = Encoder.from_pretrained(source, revision, token, cache_dir, local_files_only)
     return encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def any_encoder(source: str | Path, **hub_options: Any) -> Encoder:
+    """The encoder called `source`, or a pretrained network of timm's, which has no head; on the CPU.
+
+    timm's: `architecture.tag`, or a folder or repository with its config.json and
+    model.safetensors. `hub_options` as those of `load_encoder`. Raises CareHubError as it does.
+    """
+    name = str(source)
+    if os.path.isdir(source) or find_entry(name) or not timm.is_model(name):
+        return Encoder.from_folder(locate(source, **hub_options), plain=True)
+    network = build_model(name, pretrained=True)
+    seen = network.pretrained_cfg
+    encoder = Encoder(plain_config({"architecture": seen["architecture"], "pretrained_cfg": seen}))
+    encoder.backbone.load_state_dict(network.state_dict())
+    return encoder.eval()
 
 
 def load_linear_head(source: str | Path, dataset: str | None = None, **hub_options: Any) -> LinearHead:

@@ -19,6 +19,7 @@ from .errors import CareHubError
 TINY = 1e-12
 TIE = 1e-6  # cosines this near are equal but for rounding
 MOTIONLESS = 1e-8  # a mean squared motion of unit vectors below this is rounding
+SAME_IMAGE_VIEWS = 50  # among which the one of an augmentation is to be found
 KNN_CHUNK = 1024  # queries that are compared with the bank at a time
 
 
@@ -50,13 +51,18 @@ def residual(z: Tensor, z_a: Tensor, r: Tensor) -> Tensor:
     return invariance(z @ r.T, z_a)
 
 
-def ratio(error: Tensor, motion: Tensor) -> Tensor:
-    """error / motion, NaN where nothing moves: an invariant or collapsed encoder does not rotate well.
+def ratio(errors: Tensor, motions: Tensor, counts: Tensor | float = 1.0) -> Tensor:
+    """(...): the sum of `errors` over the sum of `motions`, both (K, ...), of K random augmentations.
 
-    >>> ratio(torch.tensor([0.5, 0.0]), torch.tensor([2.0, 0.0]))
+    Those that move nothing are left out: whatever is divided by rounding is noise. NaN where none
+    moves: an invariant or collapsed encoder does not rotate well. `counts` (K, ...): how often each
+    augmentation counts.
+
+    >>> ratio(torch.tensor([[0.5, 0.0], [0.3, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
     tensor([0.2500,    nan])
     """
-    return torch.where(motion > MOTIONLESS, error / motion, torch.nan)
+    counts = counts * (motions > MOTIONLESS)
+    return (errors * counts).sum(dim=0) / (motions * counts).sum(dim=0)
 
 
 def gram_deviation(z: Tensor, z_a: Tensor) -> Tensor:
@@ -84,11 +90,17 @@ def relative_equivariance(z: Tensor, z_a: Tensor) -> Tensor:
             [0., 0.]])
     """
     moved = invariance(z, z_a)
-    changed = (_squared_distances(z_a) - _squared_distances(z)).square()
+    changed = (squared_distances(z_a) - squared_distances(z)).square()
     return changed / (moved[:, None] + moved).square().clamp(min=TINY)
 
 
-def _squared_distances(z: Tensor) -> Tensor:
+def squared_distances(z: Tensor) -> Tensor:
+    """(N, N): |f(x') - f(x)|^2; that of an image to itself is 0 but for rounding.
+
+    >>> squared_distances(torch.eye(2))
+    tensor([[0., 2.],
+            [2., 0.]])
+    """
     norms = z.square().sum(dim=1)
     return norms[:, None] + norms - 2 * z @ z.T
 
@@ -129,32 +141,43 @@ def composition_error(r_ba: Tensor, r_b: Tensor, r_a: Tensor) -> float:
     return ((r_ba - r_b @ r_a).square().sum() / (2 * len(r_a))).item()
 
 
-def retrieval_ranks(queries: Tensor, candidates: Tensor) -> Tensor:
-    """(N,): the rank, from 1, of candidate i among all N by cosine similarity to query i.
+def retrieval(queries: Tensor, candidates: Tensor) -> dict[str, Tensor]:
+    """mrr, hit_at_1 and hit_at_5 of each query (..., Q): is candidate i among the nearest to query i?
 
-    Equals share their middle rank. With queries R f(x) and candidates f(ax): does the rotation find
-    the augmented image?
+    `queries` (..., Q, d), `candidates` (..., C, d) with C >= Q, by cosine similarity. mrr is the
+    reciprocal of the rank, hits are 1 or 0; candidates that are equally near stand in random order,
+    of which these are the expected values, so that equal candidates give chance. With R f(x) and
+    f(ax') of N images: does the rotation find the augmented image? With R_k f(x) and f(a_j x) of
+    one image: does it know the augmentation?
 
-    >>> retrieval_ranks(torch.eye(2), torch.tensor([[1.0, 0.0], [2.0, 1.0]]))
+    >>> retrieval(torch.eye(2), torch.tensor([[1.0, 0.0], [2.0, 1.0]]))["mrr"]
     tensor([1., 1.])
+    >>> retrieval(torch.eye(2), torch.ones(2, 2))
+    {'mrr': tensor([0.7500, 0.7500]), 'hit_at_1': tensor([0.5000, 0.5000]), 'hit_at_5': tensor([1., 1.])}
     """
-    _check_alike(queries, candidates)
-    similarity = F.normalize(queries, dim=1) @ F.normalize(candidates, dim=1).T
-    own = similarity.diagonal()[:, None]
-    nearer = (similarity > own + TIE).sum(dim=1)
-    equal = ((similarity - own).abs() <= TIE).sum(dim=1) - 1
-    return 1 + nearer + equal / 2
+    _check_alike(queries, candidates[..., : queries.shape[-2], :])
+    similarity = F.normalize(queries, dim=-1) @ F.normalize(candidates, dim=-1).mT
+    own = similarity.diagonal(dim1=-2, dim2=-1)[..., None]
+    nearer = (similarity > own + TIE).sum(dim=-1)
+    equal = (similarity >= own - TIE).sum(dim=-1) - nearer  # with itself
+    places = torch.arange(1, similarity.shape[-1] + 1, dtype=similarity.dtype, device=similarity.device)
+    harmonic = F.pad((1 / places).cumsum(dim=0), (1, 0))
+    found = {"mrr": (harmonic[nearer + equal] - harmonic[nearer]) / equal}
+    for k in (1, 5):
+        found[f"hit_at_{k}"] = ((k - nearer).clamp(min=0) / equal).clamp(max=1)
+    return found
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """(B,): the mean of `values` under each row of `weights` (B, N).
 
-    `values` are (N,) terms of images, or (N, N) terms of pairs, of which those of different images
-    count.
+    `values` are (N,) terms of images, or of the first of them, or (N, N) terms of pairs, of which
+    those of different images count.
 
     >>> weighted_mean(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([[1.0, 1.0, 1.0], [3.0, 0.0, 0.0]]))
     tensor([3., 1.])
     """
+    weights = weights[:, : len(values)]
     total = weights.sum(dim=1)
     if values.ndim == 1:
         return weights @ values / total
@@ -178,19 +201,26 @@ def bootstrap_weights(count: int, times: int, generator: torch.Generator) -> Ten
     return torch.cat([torch.ones(1, count), counts])
 
 
-def bootstrap_interval(statistics: Tensor, generator: torch.Generator) -> tuple[float, float, float]:
-    """(mean, lower end, upper end) of a 95 % interval.
+def bootstrap_interval(
+    statistics: Tensor, generator: torch.Generator, motions: Tensor | None = None
+) -> tuple[float, float, float]:
+    """(mean, lower end, upper end) of a 95 % interval; of the `ratio` to `motions` where these are given.
 
-    `statistics` (K, 1 + B): K random augmentations, each under the 1 + B `bootstrap_weights` of
-    the images. The augmentations are resampled too, independently of the images; the ends are
-    percentiles. Source: Owen 2007, "The pigeonhole bootstrap".
+    `statistics`, `motions` (K, 1 + B): K random augmentations, each under the 1 + B
+    `bootstrap_weights` of the images. The augmentations are resampled too, independently of the
+    images; the ends are percentiles. Source: Owen 2007, "The pigeonhole bootstrap".
 
     >>> bootstrap_interval(torch.full((3, 201), 0.5), torch.Generator().manual_seed(0))
     (0.5, 0.5, 0.5)
     """
-    weights = bootstrap_weights(len(statistics), statistics.shape[1] - 1, generator).T.to(statistics)
-    means = (statistics * weights).sum(dim=0) / len(statistics)
-    low, high = means[1:].quantile(torch.tensor([0.025, 0.975]).to(means)).tolist()
+    counts = bootstrap_weights(len(statistics), statistics.shape[1] - 1, generator).T.to(statistics)
+    if motions is None:
+        means = (statistics * counts).sum(dim=0) / len(statistics)
+    else:
+        means = ratio(statistics, motions, counts)
+    if means[0].isnan():
+        return (math.nan,) * 3
+    low, high = means[1:].nanquantile(torch.tensor([0.025, 0.975]).to(means)).tolist()
     return means[0].item(), low, high
 
 
@@ -290,7 +320,18 @@ _PROBES = {
     "saturation": "mean saturation of the image",
     "hue": "mean hue, as a point in the color plane",
 }
+_MAPS = {
+    "": ("R f(x)", "R f(x)", "higher"),
+    "_unrotated": ("f(x)", "f(x)", ""),
+    "_linear": ("a linear map", "the best linear map of f(x)", ""),
+    "_mlp": ("a network", "a linear map corrected by a small network", ""),
+}
 # fmt: off
+_SAME = (
+    ("hit_at_1", "found by", "how often {} is nearest to f(ax) of 50 views of that image; chance 2 %", "%"),
+    ("hit_at_5", "top 5 by", "how often {} has f(ax) among the 5 nearest of those; chance 10 %", "%"),
+    ("mrr", "MRR by", "mean reciprocal rank that {} gives f(ax) among those; chance 0.09", ""),
+)
 _TABLE = (
     # The end of training, and `care-hub equivariance`
     ("knn_top1", "kNN, label", "top-1 on held-out images, backbone features", "%", "higher"),
@@ -300,9 +341,17 @@ _TABLE = (
     ("rotation_error", "rotation error",
      "what is left after one fitted rotation for all images: mean |f(ax) - R f(x)|^2"),
     ("rotation_invariance_ratio", "rotation / invariance",
-     "ratio of the two errors, mean over augmentations; 1 = rotating helps nothing", "", "lower"),
+     "mean rotation error / mean invariance error; 1 = rotating helps nothing", "", "lower"),
     ("gram_deviation", "Gram deviation",
      "how much an augmentation changes inner products between images", "", "lower"),
+    ("color_motion", "moved by color",
+     "how far a change of color moves an embedding, relative to the distance of two images; 0 = not at all"),
+    ("color_same_image_hit_at_1", "steered by color",
+     "how often the rotation fitted to a change of color finds it among 50 of the same image; chance 2 %",
+     "%", "higher"),
+    ("motionless", "move nothing", "augmentations that move no embedding, which ratios leave out", "%"),
+    ("motion", "motion",
+     "how far an augmentation moves an embedding, relative to the distance of two images; 0 = it is ignored"),
     ("special_rotation_error", "rotation error, SO(d)",
      "rotation error of proper rotations only (det R = +1)"),
     ("special_rotation_invariance_ratio", "rotation / invariance, SO(d)",
@@ -323,6 +372,14 @@ _TABLE = (
     ("mrr", "MRR by R f(x)", "mean reciprocal rank of the augmented image for R f(x)"),
     ("mrr_unrotated", "MRR by f(x)", "mean reciprocal rank of the augmented image for f(x)"),
     ("mrr_random", "MRR by random R", "mean reciprocal rank of the augmented image for R f(x), R random"),
+    *((f"same_image_{key}{suffix}", f"same image, {title} {short}", meaning.format(long), unit, better)
+      for key, title, meaning, unit in _SAME for suffix, (short, long, better) in _MAPS.items()),
+    *((f"cosine{suffix}", f"cosine, {short}", f"mean cosine of {long} with f(ax)", "", better)
+      for suffix, (short, long, better) in _MAPS.items()),
+    *((f"parameters_from_{key}{suffix}", f"parameters from {title}{space}",
+       f"what a linear map reads of a's parameters from {what}{space}; 0 = nothing", "R²", "higher")
+      for key, title, what in (("pair", "both", "f(x) and f(ax)"), ("view", "f(ax)", "f(ax) alone"))
+      for suffix, space in (("", ""), ("_backbone", ", backbone"))),
     ("effective_rank", "effective rank", "how many directions the embeddings use, from 1 to d"),
     # Accuracies
     ("top1", "top-1", "test images whose label is the first guess", "%", "higher"),
@@ -342,6 +399,13 @@ _TABLE = (
     ("training_seconds", "training time", "wall time of all training steps", "s"),
 )
 # fmt: on
-FINAL_GEOMETRY = ("invariance_error", "rotation_error", "rotation_invariance_ratio", "gram_deviation")
+FINAL_GEOMETRY = (
+    "invariance_error",
+    "rotation_error",
+    "rotation_invariance_ratio",
+    "gram_deviation",
+    "color_motion",
+    "color_same_image_hit_at_1",
+)
 FINAL_METRICS = ("knn_top1", "knn_color_top1", *FINAL_GEOMETRY)
 METRICS = {key: Metric(key, *rest) for key, *rest in _TABLE}

@@ -17,6 +17,7 @@ from .files import read_header, read_tensors, write_tensors
 
 CHUNK = 65536  # rows raised to float64 at a time
 ORTHOGONAL = 1e-6  # largest entry of R R^T - I that is rounding
+RIDGE = 1e-3  # weight of |W|^2 relative to the mean of |z_i . e_k|^2
 HALF_TURN = 1e-6  # singular values of R + I below this are half turns, where R = -1
 
 Array: TypeAlias = np.ndarray | Tensor
@@ -54,6 +55,17 @@ def procrustes(z: Tensor, z_t: Tensor, special: bool = False) -> Tensor:
         sign = linalg.det(u @ vh).sign()[..., None, None]
         u = torch.cat([u[..., :-1], u[..., -1:] * sign], dim=-1)
     return u @ vh
+
+
+def least_squares(z: Tensor, z_t: Tensor) -> Tensor:
+    """The linear map W (d, d) that minimizes sum_i |z_t_i - W z_i|^2 + a little |W|^2, for (N, d).
+
+    What an orthogonal map is compared with, as nothing but linear is asked of it. In float64.
+    """
+    before, after = z.double(), z_t.double()
+    gram = before.T @ before
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp(min=RIDGE))
+    return linalg.solve(gram, before.T @ after).T
 
 
 class Rotation:

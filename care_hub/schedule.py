@@ -30,7 +30,8 @@ class Plan:
         per_epoch = images // per_step
         steps = config.epochs * per_epoch
         stop = min(steps, config.max_steps or steps)
-        warmup, weight_warmup = config.warmup_epochs * per_epoch, config.weight_warmup_epochs * per_epoch
+        weight_warmup = 0 if config.steers_alone else config.weight_warmup_epochs * per_epoch
+        warmup = config.warmup_epochs * per_epoch
         weight_start = min(round(config.weight_start_epochs * per_epoch), steps - 1)
         return cls(per_epoch, steps, stop, round(warmup), weight_start, round(weight_warmup))
 

@@ -23,8 +23,7 @@ from care_hub.config import EvalConfig
 from care_hub.distributed import inference_accelerator
 from care_hub.encoder import Encoder
 from care_hub.evaluate.commands import open_splits
-from care_hub.evaluate.equivariance import recorded_augmentation
-from care_hub.evaluate.features import LabeledImages, labeled, random_subset
+from care_hub.evaluate.features import LabeledImages, labeled, random_subset, recorded_augmentation
 from care_hub.evaluate.linear import linear_probe
 from care_hub.metrics import topk_accuracy
 

@@ -28,6 +28,8 @@ METHODS = {
     | {"equivariance_jitter": (0.4, 0.4, 0.4, 0.1), "equivariance_crop": "shared"}
     | {"weight_start_epochs": 1 / 3},  # a step
     "care-steering": {"weight": 0.3, "steering_head": True, "weight_start_epochs": 2 / 3},
+    "frozen": {"weight": 0.3, "init": "resnet10_w16_small.care_shapes", "freeze_backbone": True}
+    | {"steering_head": True},
 }
 COMMON = {
     "batch_size": 16,

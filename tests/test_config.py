@@ -80,6 +80,11 @@ def test_paths_and_names_of_this_machine_are_not_published():
         ({"jitter": [0.1, 0.1, -0.1, 0.1]}, "`jitter` can't be negative"),
         ({"momentum": -0.9}, "`momentum` must lie in [0, 1]"),
         ({"dataset_name": ""}, "`dataset_name` is missing."),
+        ({"freeze_backbone": True}, "`freeze_backbone` needs `init`"),
+        (
+            {"init": "x.y", "freeze_backbone": True, "steering_head": True, "weight_start_epochs": 1},
+            "must be 0: over a frozen backbone",
+        ),
     ],
 )
 def test_values_that_can_not_work_are_refused_in_one_sentence(options, sentence):
@@ -166,6 +171,17 @@ def test_accumulation_of_accelerate_is_taken_over_where_none_is_given():
     for given in (1, 2):
         with pytest.raises(CareHubError, match=f"`gradient_accumulation={given}` and .*_steps 4 .* differ"):
             TrainConfig(gradient_accumulation=given).take_over(4)
+
+
+def test_the_encoder_to_begin_with_fixes_the_architecture_and_is_published_by_its_name():
+    initial = EncoderConfig("resnet18_cifar", 40, 1.0, (0.5,) * 3, (0.5,) * 3)
+    config = TrainConfig(init="/home/ann/birds/export", gradient_accumulation=None).start_from(initial)
+    assert (config.model, config.image_size) == ("resnet18_cifar", 40) and not config.accumulation_given
+    assert config.published()["init"] == "birds" and "/home/ann/birds/export" in to_yaml(config)
+    assert TrainConfig(init="x.y", model="resnet18_cifar", image_size=16).start_from(initial).image_size == 16
+    with pytest.raises(CareHubError, match=r"not the architecture of 'x.y', which is resnet18_cifar; leave"):
+        TrainConfig(init="x.y", model="resnet18").start_from(initial)
+    assert TrainConfig(init="").init is None and TrainConfig().model == "resnet10_w16_small"
 
 
 def test_options_of_an_evaluation_are_checked_too():

@@ -87,7 +87,7 @@ def test_in_float32_four_steps_and_the_first_gradients_agree(runs):
         # With momentum and no weight decay the optimizer's buffer after one step is the gradient.
         path = f"float32:1/{name}/checkpoints/step-00000001/optimizer.safetensors"
         expected, found = load_file(one / path), load_file(two / path)
-        assert expected.keys() == found.keys() and len(found) > 30
+        assert expected.keys() == found.keys() and len(found) > (4 if name == "frozen" else 30)
         for key, gradient in expected.items():
             difference = torch.linalg.norm(gradient - found[key])
             assert difference <= 1e-5 * torch.linalg.norm(gradient), (name, key)

@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from click.testing import CliRunner
 from helpers import ROOT, TORCHRUN, care_hub_command, eval_linear, run, visible
@@ -203,7 +204,7 @@ def test_two_processes_measure_equivariance_once(encoder, photos, tmp_path):
     words = on(photos, "--draws", 1, "-o")
     care_hub_command("equivariance", encoder, *words, tmp_path / "one")
     twice = run(*TORCHRUN, "-m", "care_hub", "equivariance", encoder, *words, tmp_path / "two")
-    assert twice.stdout.count("full recipe") == 1
+    assert twice.stdout.count("Does R know") == 1
     one, two = (means(tmp_path / name / "equivariance.json") for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-3)  # one thread adds up in another order than two
     assert read_record(encoder / "export")["equivariance"][photos.name]["draws"] == 1
@@ -232,17 +233,27 @@ def test_only_the_main_process_writes(encoder, photos, tmp_path, monkeypatch):
     assert files() == before
 
 
+def test_a_network_of_timm_is_measured_by_its_features(photos, tmp_path):
+    overlay = {"input_size": (3, 32, 32)}
+    timm.models.save_for_hf(
+        timm.create_model("test_resnet", pretrained_cfg_overlay=overlay), tmp_path, safe_serialization=True
+    )
+    before, data = visible(tmp_path), DataConfig("imagefolder", data_root=str(photos))
+    found = commands.evaluate_equivariance((str(tmp_path),), data, images=8, draws=1)[str(tmp_path)]
+    assert found["space"] == "backbone" and list(found["attributes"]) == ["backbone"]
+    assert found["families"]["color"]["motion"][0] > 0
+    assert 0 <= found["families"]["color"]["same_image_mrr"][0] <= 1
+    assert visible(tmp_path) == before  # no card of ours in a folder of theirs
+
+
 def test_what_can_not_be_compared_is_refused(encoder, photos, tmp_path):
     def said(*words) -> str:
         return care_hub_command(*words, ok=False)
 
     larger = Encoder.new("resnet10_w16_small", image_size=40, hidden=8, outputs=4)
     larger.save_pretrained(tmp_path / "larger")
-    shutil.copytree(encoder / "export", tmp_path / "bare")
-    (tmp_path / "bare" / "projection.safetensors").unlink()
     (tmp_path / "file").write_text("")
     assert "32 and 40 px" in said("equivariance", encoder, tmp_path / "larger", *on(photos))
-    assert "no projection head" in said("equivariance", tmp_path / "bare", *on(photos))
     assert "is not a folder" in said("equivariance", encoder, *on(photos, "-o", tmp_path / "file"))
     assert "no test split" in said("knn", encoder, *on(photos / "train"))
 

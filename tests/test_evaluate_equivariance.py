@@ -1,5 +1,6 @@
 """What rotates and what does not: encoders whose answer is known, and augmentations that do what they say."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,14 +16,19 @@ from care_hub.evaluate.equivariance import (
     FAMILIES,
     augmentations,
     measure_equivariance,
-    recorded_augmentation,
 )
+from care_hub.evaluate.features import recorded_augmentation
 
 
 class PixelEncoder:
     """Embeds an image as its own numbers: whatever moves pixels about is an orthogonal map."""
 
     device = torch.device("cpu")
+
+    projection = None
+
+    def evaluating(self):
+        return self
 
     def embed(self, x, space="projection"):
         return F.normalize((x if x.dtype != torch.uint8 else x / 255).flatten(1) - 0.5, dim=1)
@@ -31,8 +37,119 @@ class PixelEncoder:
 class ColorEncoder(PixelEncoder):
     """Knows mean colors only, and no place."""
 
+    projection = None
+
+    def evaluating(self):
+        return self
+
     def embed(self, x, space="projection"):
         return F.normalize((x if x.dtype != torch.uint8 else x / 255).mean(dim=(2, 3)), dim=1)
+
+
+class LightEncoder(PixelEncoder):
+    """Turns in a plane by the logarithm of the light, beside its pattern: brighter is exactly a rotation."""
+
+    speed = 3.0
+
+    def embed(self, x, space="projection"):
+        x = (x if x.dtype != torch.uint8 else x / 255).double()
+        turn = self.speed * x.mean(dim=(1, 2, 3)).log()
+        plane = torch.stack([turn.cos(), turn.sin()], dim=1)
+        return (plane[:, :, None] * self.pattern(x)[:, None]).flatten(1).float()
+
+    def pattern(self, x):
+        return F.normalize((x / x.mean(dim=(1, 2, 3), keepdim=True) - 1).flatten(1), dim=1)
+
+
+class PatternEncoder(LightEncoder):
+    """Does not see how bright an image is."""
+
+    def embed(self, x, space="projection"):
+        return self.pattern((x if x.dtype != torch.uint8 else x / 255).double()).float()
+
+
+class CollapsedEncoder(PixelEncoder):
+    def embed(self, x, space="projection"):
+        return F.normalize(torch.ones(len(x), 8) + 1e-7 * torch.rand(len(x), 8), dim=1)
+
+
+class RandomEncoder(PixelEncoder):
+    """Never says the same twice."""
+
+    def embed(self, x, space="projection"):
+        return F.normalize(torch.randn(len(x), 8), dim=1)
+
+
+@pytest.fixture
+def brighter(monkeypatch):
+    """Measures an encoder under random brightness alone; the images are so dark that nothing is cut off."""
+    monkeypatch.setitem(FAMILIES, "brightness", {"jitter": (0.5, 0, 0, 0), "jitter_p": 1.0})
+
+    def measure(encoder, images) -> dict:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            found = measure_equivariance(encoder, images, AugmentationConfig(3), 4, families=["brightness"])
+        return {name: mean for name, (mean, _, _) in found["brightness"].items()}
+
+    return measure
+
+
+CHANCE = {"mrr": sum(1 / k for k in range(1, 51)) / 50, "hit_at_1": 2, "hit_at_5": 10}
+
+
+def test_an_encoder_that_rotates_exactly_knows_which_augmentation_was_made(brighter):
+    found = brighter(LightEncoder(), noise(160, 3) // 2)
+    assert found["same_image_hit_at_1"] > 98 and found["same_image_mrr"] > 0.99
+    assert found["same_image_hit_at_1_linear"] > 60 and found["cosine_linear"] > 0.99
+    assert found["cosine"] > 0.9999 and found["cosine_mlp"] > 0.99 and found["cosine_unrotated"] < 0.9
+    assert found["same_image_hit_at_1_unrotated"] < 10
+    assert found["rotation_invariance_ratio"] < 1e-6 and found["composition_invariance_ratio"] < 1e-6
+    assert found["motion"] > 0.1 and found["motionless"] == 0
+
+
+@pytest.mark.parametrize("encoder", [PatternEncoder(), CollapsedEncoder()])
+def test_an_encoder_that_is_invariant_can_not_look_steerable(brighter, encoder):
+    found = brighter(encoder, noise(160, 3) // 2)
+    for suffix in ("", "_unrotated", "_linear"):
+        for name, chance in CHANCE.items():
+            assert found[f"same_image_{name}{suffix}"] == pytest.approx(chance), suffix
+    ratios = [
+        "rotation_invariance_ratio",
+        "special_rotation_invariance_ratio",
+        "composition_invariance_ratio",
+    ]
+    assert all(math.isnan(found[name]) for name in ratios)
+    assert found["motionless"] == 100 and not found["motion"] > 1e-8
+    assert found["parameters_from_pair"] < 0.1 and found["parameters_from_view"] < 0.1
+
+
+def test_an_encoder_that_says_anything_is_at_chance(brighter):
+    found = brighter(RandomEncoder(), noise(160, 3) // 2)
+    for name, chance in CHANCE.items():
+        assert found[f"same_image_{name}"] == pytest.approx(chance, rel=0.6)
+    assert 0.9 < found["rotation_invariance_ratio"] < 1.2 and 0.8 < found["motion"] < 1.2
+    assert abs(found["cosine"]) < 0.15 and found["parameters_from_pair"] < 0.1
+
+
+def test_what_was_done_is_read_from_the_pair_and_not_from_one_embedding(brighter):
+    """Of light that differs between images one view does not tell how much was added."""
+    slow, light = LightEncoder(), torch.rand(200, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    slow.speed = 0.3
+    found = brighter(slow, (noise(1, 3) // 2 * (0.3 + 0.7 * light)).to(torch.uint8))
+    assert found["parameters_from_pair"] > found["parameters_from_view"] + 0.3
+
+
+def test_every_measure_takes_about_one_forward_pass_a_view():
+    class Counted(ColorEncoder):
+        seen = 0
+
+        def embed(self, x, space="projection"):
+            self.seen += len(x)
+            return super().embed(x)
+
+    encoder, images = Counted(), noise(40, 8)
+    measure_equivariance(encoder, images, AugmentationConfig(8), draws=50, families=["crop", "color"])
+    assert encoder.seen <= 1.1 * 2 * 51 * len(images)  # each image has one augmentation of its own, too
 
 
 def noise(n, side, seed=0):

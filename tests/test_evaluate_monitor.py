@@ -50,6 +50,7 @@ def test_final_results_are_measured_without_labels_too(tiny_run, photos):
     state, augmentation = torch.get_rng_state(), AugmentationConfig(32)
     both = final_results(config, encoder, train, test, augmentation, accelerator)
     errors = ["rotation_error", "invariance_error", "rotation_invariance_ratio", "gram_deviation"]
+    errors += ["motionless", "color_motion", "color_same_image_hit_at_1"]
     assert list(both) == ["knn_top1", *errors] and both["knn_top1"] > 85
     alone = final_results(config, encoder, train, None, augmentation, accelerator)
     assert list(alone) == errors

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers import OLD, PHOTO, care_hub_command
 
@@ -20,7 +21,7 @@ from care_hub.errors import CareHubError
 from care_hub.evaluate.commands import evaluate_equivariance, evaluate_knn
 from care_hub.evaluate.equivariance import augmentations, rotation_errors
 from care_hub.evaluate.linear import fit_linear
-from care_hub.factory import load_classifier, load_linear_head, push_export
+from care_hub.factory import any_encoder, load_classifier, load_encoder, load_linear_head, push_export
 from care_hub.files import make_folder
 from care_hub.report.page import write_page
 
@@ -184,3 +185,28 @@ def test_what_data_and_sizes_can_cause_is_a_user_error(call):
 def test_arrays_of_any_layout_are_fitted(turn):
     z = turn(Z.numpy())
     assert np.allclose(Rotation.fit(z, z)(Z.numpy()), Z.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit"])
+def test_networks_of_timm_are_encoders_without_a_head(architecture, tmp_path):
+    network = timm.create_model(architecture).eval()
+    timm.models.save_for_hf(network, tmp_path, safe_serialization=True)  # with its classifier
+    encoder, seen = any_encoder(tmp_path), network.pretrained_cfg
+    assert (encoder.config.model, encoder.projection) == (architecture, None)
+    assert encoder.config.image_size == seen["input_size"][-1] and encoder.config.mean == seen["mean"]
+    x = torch.rand(2, 3, encoder.config.image_size, encoder.config.image_size)
+    with torch.no_grad():
+        expected = network.forward_head(network.forward_features(x), pre_logits=True)
+        torch.testing.assert_close(encoder.features(x), expected)
+    encoder.save_pretrained(tmp_path / "ours")
+    assert load_encoder(tmp_path / "ours").fingerprint == encoder.fingerprint
+    with pytest.raises(CareHubError, match="not a care_hub configuration"):
+        load_encoder(tmp_path)
+
+
+def test_any_name_of_an_encoder_will_do(tiny_run):
+    assert any_encoder(tiny_run).fingerprint == load_encoder(tiny_run).fingerprint
+    assert any_encoder("resnet10_w16_small").projection is not None
+    for name in ("resnet18.nonsense", "resnet18_cifar", "resnet0"):
+        with pytest.raises(CareHubError, match=name.split(".")[0]):
+            any_encoder(name)

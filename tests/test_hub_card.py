@@ -168,8 +168,10 @@ def test_measures_attributes_settings_and_figures_are_shown(export):
     for expected in (
         "![neighbors](neighbors.png)\n\n![neighbours](neighbours.png)",
         "| rotation / invariance | 0.5000 | ",
-        "| augmentation | rotation / invariance | Gram deviation | found by R f(x), % | found by f(x), % |",
-        "| crop | 0.5 (0.4 to 0.6) | - | 31.5 (20 to 40) | - |",
+        "| augmentation | motion | same image, found by R f(x), % | rotation / invariance | Gram deviation | "
+        "found by R f(x), % | found by f(x), % |",
+        "| crop | - | - | 0.5 (0.4 to 0.6) | - | 31.5 (20 to 40) | - |",
+        "- motion: how far an augmentation moves an embedding",
         "with 95 % intervals (200 images, 2 draws):",
         "| label | 14.5 % | 14.5 % |\n| x | 0.123 | 0.123 |",
     ):

@@ -78,6 +78,7 @@ def test_file_names_can_not_leave_the_cache(server, export, tmp_path):
         "model.safetensors",
         "projection.safetensors",
         "linear_head.shapes.safetensors",
+        "README.md",
     }
     assert {p.name for p in snapshot.iterdir()} == expected
 

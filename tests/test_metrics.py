@@ -111,7 +111,10 @@ def test_ranks_and_variance_equal_their_definition():
     z, z_a, n = unit(9, 4, 1), unit(9, 4, 2), range(9)
     cosines = [[dot(q, c) for c in z_a] for q in z]
     ranks = [1 + sum(cosines[i][j] > cosines[i][i] for j in n if j != i) for i in n]
-    assert metrics.retrieval_ranks(z, z_a).tolist() == ranks
+    found = metrics.retrieval(z, z_a)
+    assert found["mrr"].tolist() == approx([1 / rank for rank in ranks])
+    for k in (1, 5):
+        assert found[f"hit_at_{k}"].tolist() == [rank <= k for rank in ranks]
     center = [sum(float(v[k]) for v in z) / 9 for k in range(4)]
     assert metrics.variance(z).mean().item() == approx(1 - square(center))
 
@@ -146,9 +149,9 @@ def test_what_chance_gives():
     one = torch.ones(1, n, dtype=torch.float64)
     assert metrics.weighted_mean(metrics.invariance(z, z_a), one).item() == approx(2, abs=0.05)
     assert metrics.weighted_mean(metrics.gram_deviation(z, z_a), one).item() == approx(2 / d, rel=0.03)
-    ranks = metrics.retrieval_ranks(z, z_a)
-    assert (1 / ranks).mean().item() == approx(sum(1 / k for k in range(1, n + 1)) / n, rel=0.3)
-    assert ranks.mean().item() == approx((n + 1) / 2, rel=0.05)
+    found, harmonic = metrics.retrieval(z, z_a), sum(1 / k for k in range(1, n + 1))
+    assert found["mrr"].mean().item() == approx(harmonic / n, rel=0.3)
+    assert found["hit_at_5"].mean().item() < 20 / n
     assert metrics.variance(z).mean().item() == approx(1, abs=0.02)
     unrelated = [orthogonal(64, seed) for seed in (1, 2, 3)]
     assert metrics.composition_error(*unrelated) == approx(1, abs=0.1)
@@ -159,10 +162,31 @@ def test_collapse_shows():
     same = unit(1, 8, 1).expand(50, 8)
     line = torch.linspace(-1, 1, 50, dtype=torch.float64)[:, None] * unit(1, 8, 1)
     assert metrics.variance(same).mean() < 1e-20 and metrics.effective_rank(line) == approx(1, abs=1e-6)
-    # Equals share the middle rank: no perfect score for a point.
-    assert (metrics.retrieval_ranks(same, same) == 25.5).all()
+    # Equals stand in random order: no perfect score for a point.
+    for name, chance in (
+        ("mrr", sum(1 / k for k in range(1, 51)) / 50),
+        ("hit_at_1", 0.02),
+        ("hit_at_5", 0.1),
+    ):
+        assert metrics.retrieval(same, same)[name].tolist() == approx([chance] * 50)
     found = rotation_errors(same, [same])
     assert found["invariance_error"] < 1e-20 and math.isnan(found["rotation_invariance_ratio"])
+
+
+def test_one_augmentation_that_moves_next_to_nothing_ruins_no_ratio():
+    """A mean of ratios would be that of rounding: 2,260 was seen where one blur had a sigma near 0."""
+    z = unit(200, 8)
+    nothing = torch.nn.functional.normalize(z + 1e-6 * normal(200, 8, seed=3), dim=1)
+    little = torch.nn.functional.normalize(z + 1e-3 * normal(200, 8, seed=4), dim=1)
+    rotated = z @ orthogonal(8, 1).T
+    found = rotation_errors(z, [rotated, nothing, little])
+    assert found["rotation_invariance_ratio"] < 1e-4 and found["motionless"] == approx(100 / 3)
+    errors, motions = torch.tensor([[0.5], [1e-9], [0.1]]), torch.tensor([[1.0], [1e-12], [1.0]])
+    assert metrics.ratio(errors, motions).item() == approx(0.3)
+    low, mean, high = sorted(metrics.bootstrap_interval(errors.expand(3, 201), seeded_generator(0), motions))
+    assert 0.1 <= low <= mean <= high <= 0.5
+    nowhere = metrics.bootstrap_interval(errors.expand(3, 201), seeded_generator(0), 0 * motions)
+    assert all(map(math.isnan, nowhere))
 
 
 def test_intervals_contain_the_truth_about_as_often_as_they_say():

@@ -1,11 +1,11 @@
 """Results as text: what `care-hub equivariance` prints."""
 
 from care_hub.metrics import METRICS
-from care_hub.report.tables import GEOMETRY, geometry_text, text_table
+from care_hub.report.tables import GEOMETRY, STEERING, geometry_text, text_table
 
 
 def measured(**attributes: float) -> dict:
-    numbers = {key: [0.123456, 0.1, 0.2] for key in GEOMETRY}
+    numbers = {key: [0.123456, 0.1, 0.2] for key in (*STEERING, *GEOMETRY)}
     families = {"crop": dict(numbers), "flip": dict(numbers)}
     return {"families": families, "attributes": {"projection": attributes, "backbone": attributes}}
 
@@ -25,13 +25,14 @@ def test_a_line_for_each_family_and_encoder():
     del second["families"]["flip"]
     text = geometry_text({"runs/care": first, "runs/plain": second})
     rows = [line.split() for line in text.splitlines()]
-    assert ["crop", "care", *["0.1235"] * len(GEOMETRY)] in rows
-    assert next(row for row in rows if row[:2] == ["flip", "care"]).count("–") == 1
-    assert ["flip", "plain", *["–"] * len(GEOMETRY)] in rows
+    for keys in (STEERING, GEOMETRY):
+        assert ["crop", "care", *["0.1235"] * len(keys)] in rows
+        assert ["flip", "plain", *["–"] * len(keys)] in rows
+    assert [row.count("–") for row in rows if row[:2] == ["flip", "care"]] == [0, 1]
     assert ["label,", "%", "51.25", "51.25", "52.5", "52.5"] in rows
     assert ["x,", "R²", "0.5", "0.5", "0.25", "0.25"] in rows
     assert max(map(len, text.splitlines())) < 160
-    assert all(METRICS[key].meaning in text for key in GEOMETRY)
+    assert all(METRICS[key].meaning in text for key in (*STEERING, *GEOMETRY))
 
 
 def test_one_encoder_has_no_column_of_names():

@@ -101,7 +101,7 @@ def views_of(images, processes=1, augmentation=AUGMENTATION, **options):
             pairs = make_views(batch, config, augmentation, step, rank, processes, plan.weight_start)
             steps.append([torch.stack(pair.chunk(2)) for pair in pairs])
             if not isinstance(batch, torch.Tensor):  # loader processes cut what is used
-                assert (batch[1] is None) == (len(pairs) == 1)
+                assert sum(part is not None for part in batch) == len(pairs)
     parts = [steps[rank * plan.steps : (rank + 1) * plan.steps] for rank in range(processes)]
     return [[torch.cat(pair, dim=1) for pair in zip(*step, strict=True)] for step in zip(*parts, strict=True)]
 
@@ -145,6 +145,14 @@ def test_before_lambda_starts_views_are_those_of_the_plain_method(images, views)
     late = views_of(images, views=views, weight_start_epochs=1)
     assert same(late[:2], views_of(images, weight=0)[:2]) and [len(step) for step in late[:2]] == [1, 1]
     assert same(late[2:], views_of(images, views=views)[2:])
+
+
+def test_over_a_frozen_backbone_a_steering_head_sees_no_contrastive_views(images):
+    steering = {"init": "x.y", "steering_head": True, "equivariant_batch_size": 8}
+    both, alone = views_of(images, **steering), views_of(images, freeze_backbone=True, **steering)
+    assert {len(step) for step in alone} == {1} and same([step[1:] for step in both], alone)
+    # And lambda, which has nothing to balance, is there from the first step.
+    assert Plan.of(TrainConfig(freeze_backbone=True, **steering, equiv_splits=4), 64).weight_warmup == 0
 
 
 @pytest.mark.parametrize("crop", [True, False, "shared"])

@@ -21,7 +21,7 @@ from care_hub.schedule import Plan
 from care_hub.training import progress
 from care_hub.training import run as run_module
 from care_hub.training.checkpoint import CheckpointWriter, load_checkpoint
-from care_hub.training.divergence import check_weights
+from care_hub.training.divergence import LARGEST, check_weights, largest_size
 from care_hub.training.run import export_run, open_run, restore
 
 NEW = {"seconds": 0.0, "scaler": None}
@@ -183,6 +183,15 @@ def test_weights_that_are_not_finite_or_too_large_are_no_training(tmp_path):
                 CareHubError, match=f"diverged: at step 2 its weights .*{words}.*`lr`, which is 50"
             ):
                 check_weights(model, optimizer, 2, config)
+
+
+def test_weights_that_begin_large_or_are_not_trained_are_no_divergence():
+    model, optimizer = trained(2)
+    model[0].weight.data.fill_(50)
+    check_weights(model, optimizer, 2, TrainConfig(), largest_size(model))
+    assert largest_size(trained(2)[0]) == LARGEST
+    model[0].requires_grad_(False)
+    check_weights(model, optimizer, 2, TrainConfig())
 
 
 def test_a_run_that_diverges_leaves_no_checkpoint_and_no_export(photos, tmp_path):

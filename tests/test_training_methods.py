@@ -5,7 +5,7 @@ import torch
 
 from care_hub import losses
 from care_hub.encoder import Encoder
-from care_hub.training.methods import MoCo, SimCLR
+from care_hub.training.methods import MoCo, SimCLR, Steering
 
 
 @pytest.fixture
@@ -53,6 +53,9 @@ def test_a_steering_head_rotates_and_infonce_has_a_head_of_its_own(encoder, meth
     torch.testing.assert_close(found["uniformity"], losses.uniformity(w1, w2, 0.1, own_view=True))
     on_projection = found["equivariance"] + 0.4 * found["uniformity"]
     torch.testing.assert_close(found["loss"], found["infonce"] + 0.3 * on_projection)
+    alone = Steering(encoder, 0.5, 0.3, 4, spread=(0.4, 0.1))(views(seed=1))
+    assert alone.keys() == found.keys() and alone["infonce"] == 0
+    torch.testing.assert_close(alone["loss"], 0.3 * on_projection)
     torch.testing.assert_close(steering(views())["uniformity"], losses.uniformity(
         *encoder(views()).chunk(2), 0.1, own_view=True))  # fmt: skip
 

@@ -10,22 +10,25 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import yaml
-from helpers import TINY, command, metrics, refusal, train, train_here
+from helpers import TINY, command, metrics, randomized, refusal, train, train_here, visible
 from PIL import Image
 from safetensors.torch import load_file
 
 import care_hub
 from care_hub import cli
+from care_hub.augment import AugmentationConfig
 from care_hub.config import TrainConfig
 from care_hub.encoder import Encoder
+from care_hub.hub.card import card_text
 from care_hub.models import build_backbone
 from care_hub.schedule import Plan
 from care_hub.training.checkpoint import CheckpointWriter
 from care_hub.training.progress import Progress, start_trackers
-from care_hub.training.run import conditions, restore
-from care_hub.training.trainer import make_accelerator, make_optimizer
+from care_hub.training.run import conditions, initial_encoder, restore
+from care_hub.training.trainer import make_accelerator, make_encoder, make_optimizer
 
 
 def test_a_run_leaves_all_that_was_promised(tiny_run):
@@ -183,6 +186,108 @@ def test_gradient_accumulation_averages_micro_batches(tmp_path):
     assert "average of 3 independent micro-batches" in printed and len(metrics(tmp_path / "a")) == 2
 
 
+def photos_at_32(photos) -> tuple:
+    return ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--method", "moco", "--optimizer", "adamw"), ("--steering-head",)],
+    ids=["simclr", "moco", "steering"],
+)
+def test_a_frozen_backbone_stays_to_the_bit_and_the_run_is_resumed_where_it_has_gone(
+    more, photos, tmp_path, monkeypatch
+):
+    torch.manual_seed(0)
+    initial = Encoder.new("resnet10_w16_small", 32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.2), hidden=8, outputs=4)
+    initial = randomized(initial)
+    folder = initial.save_pretrained(tmp_path / "theirs")
+    flags = (*photos_at_32(photos), *more, "--init", folder, "--freeze-backbone", "--run-name", "r")
+    flags += ("--checkpoint-every", "1", "--max-steps")
+    said = train_here(tmp_path / "a", *flags, 3)
+    assert "initialized from theirs (license: see there), head new, 128 -> 16, backbone frozen" in said
+    exported = Encoder.from_pretrained(tmp_path / "a" / "r")
+    for name, value in exported.backbone.state_dict().items():
+        assert torch.equal(value, initial.backbone.state_dict()[name]), name
+    assert (exported.config.mean, exported.config.std) == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.2))
+    optimizer = load_file(tmp_path / "a" / "r" / "checkpoints" / "step-00000003" / "optimizer.safetensors")
+    assert {key.split(".")[0] for key in optimizer} == {str(k) for k in range(5)}  # the head's alone
+
+    # Killed before its first checkpoint, stopped after the next, and each time without the folder.
+    copied = shutil.ignore_patterns("checkpoints", "export", "results.json")
+    shutil.copytree(tmp_path / "a" / "r", tmp_path / "b" / "r", ignore=copied)
+    shutil.rmtree(folder)
+    for steps in (2, 3):
+        train_here(tmp_path / "b", *flags, steps, "--resume", "auto")
+    whole, resumed = (tmp_path / place / "r" / "checkpoints" / "step-00000003" for place in "ab")
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    assert "is finished" in train_here(tmp_path / "b", *flags, 3, "--resume", "auto")
+
+
+@pytest.mark.parametrize("outputs", [8, 4])
+def test_both_heads_are_taken_over_where_they_have_the_sizes_asked_for(outputs):
+    initial = Encoder.new("resnet10_w16_small", hidden=16, outputs=8)
+    initial.set_contrastive_head(True)
+    heads = initial.projection, initial.contrastive_head
+    config = TrainConfig(init="x.y", model="resnet10_w16_small", projection_hidden=16, projection_dim=outputs)
+    made = make_encoder(config, initial, AugmentationConfig(), 1.0)
+    made.set_contrastive_head(True)
+    assert [made.projection is heads[0], made.contrastive_head is heads[1]] == [outputs == 8] * 2
+    assert made.eval()(torch.zeros(1, 3, 32, 32), contrastive=True).shape == (1, outputs)
+
+
+def test_a_run_takes_over_architecture_head_and_statistics_and_says_from_whom(tmp_path):
+    name, flags = "resnet10_w16_small.care_shapes", ("--max-steps", "1", "--run-name", "r", "--init")
+    said = train_here(
+        tmp_path, *flags, name, "--projection-hidden", "512", "--projection-dim", "128", "--lr", "0"
+    )
+    assert f"initialized from {name} (license: mit), head taken over\n" in said
+    ours, theirs = Encoder.from_pretrained(tmp_path / "r"), Encoder.from_pretrained(name)
+    for key, value in theirs.named_parameters():
+        assert torch.equal(value, ours.get_parameter(key)), key
+    assert yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())["model"] == "resnet10_w16_small"
+    assert ours.config.training["model"] == "resnet10_w16_small" and ours.config.training["init"] == name
+    card = (tmp_path / "r" / "export" / "README.md").read_text()
+    assert f"initialized from `{name}` (its license: mit) and trained without labels" in card
+
+
+@pytest.mark.launches
+def test_the_license_of_the_weights_to_begin_with_is_that_of_their_card(server, export):
+    card = (export / "README.md").read_text().replace("license: mit", "license: cc-by-nc-sa-4.0")
+    server.put("ann/birds", visible(export) | {"README.md": card.encode()})
+    found = initial_encoder(TrainConfig(init="ann/birds"))
+    assert found.config.init == {"name": "ann/birds", "license": "cc-by-nc-sa-4.0"}
+    found.save_pretrained(export)
+    (export / "README.md").unlink()
+    text = card_text(export)
+    assert "from `ann/birds` (its license: cc-by-nc-sa-4.0)" in text and "license: other\n" in text
+    (export / "README.md").write_text(text)
+    found = initial_encoder(TrainConfig(init=str(export)))
+    assert found.config.init == {"name": export.parent.name, "license": "cc-by-nc-sa-4.0"}
+
+
+def test_a_network_of_timm_is_trained_on_images_of_a_size_of_ones_own(photos, tmp_path, monkeypatch):
+    name = "test_vit.r160_in1k"
+    torch.manual_seed(0)
+    network = randomized(timm.create_model(name))
+    timm.models.save_for_hf(network, tmp_path / "timm", safe_serialization=True)
+    seen = replace(timm.get_pretrained_cfg(name), file=str(tmp_path / "timm" / "model.safetensors"))
+    monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, name, seen)  # there is no network
+    flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--max-steps", "1", "--run-name")
+    for run_name, source in (("folder", tmp_path / "timm"), ("tag", name)):
+        said = train_here(tmp_path, *flags, run_name, "--init", source, "--freeze-backbone", "--dry-run")
+        assert "test_vit (" in said and "images at 160 px" in said and "license: apache-2.0" in said
+    train_here(tmp_path, *flags, "r", "--init", name, "--freeze-backbone", "--image-size", "64")
+    trained, x = Encoder.from_pretrained(tmp_path / "r"), torch.rand(2, 3, 64, 64)
+    network.reset_classifier(0)
+    network.set_input_size(img_size=64)
+    with torch.no_grad():
+        torch.testing.assert_close(trained.features(x), network(x))
+    assert (trained.config.model, trained.config.mean) == ("test_vit", seen.mean)
+    card = (tmp_path / "r" / "export" / "README.md").read_text()
+    assert "license: apache-2.0\n" in card and f"initialized from `{name}` (its license: apache-2.0)" in card
+
+
 def test_accumulation_of_accelerate_is_that_of_the_option(photos, tmp_path, monkeypatch):
     variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
     flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32", "--max-steps", "1")
@@ -293,6 +398,9 @@ def test_accelerate_launch_uses_all_cores(tmp_path):
         (["--resume", "--run-name", "absent"], "no run to resume"),
         (["--config", "absent.yaml"], "can't be read"),
         (["--mixed-precision", "fp61"], "fp16"),
+        (["--init", "resnet10_w16_smal.care_shapes"], "did you mean 'resnet10_w16_small.care_shapes'"),
+        (["--init", "resnet10_w16_small.care_shapes", "--model", "resnet18"], "leave --model out"),
+        (["--freeze-backbone"], "--freeze-backbone needs --init"),
     ],
 )
 def test_what_a_user_gets_wrong_ends_in_one_sentence(flags, sentence, tmp_path):

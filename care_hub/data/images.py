@@ -111,11 +111,11 @@ class StreamedImages(Images):
         self,
         batches: Iterable[tuple[Tensor, int, int]],
         cutter: Callable[[Image.Image, int, int], tuple[Views, Views]],
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         """The views of each image, cut out of the full image in the loader processes.
 
         `batches`: (indices, micro-step, place of the first in the global batch). `cutter(image, step, place)`
-        gives a list of crops for the contrastive pair and one, maybe empty, for the pair sampled per group;
+        gives a list of crops for the contrastive pair and one for the pair sampled per group, maybe empty;
         they come out stacked, (b, V, 3, S, S) uint8 each, None where there are none.
         """
         jobs = (
@@ -174,12 +174,13 @@ class _DecodedBatches(Dataset):
         return problems, self.stack(values) if len(values) == len(jobs) else None
 
 
-def _stack_views(items: list[tuple[Views, Views]]) -> tuple[Tensor, Tensor | None]:
-    first, second = (
+def _stack_views(items: list[tuple[Views, Views]]) -> tuple[Tensor | None, Tensor | None]:
+    pairs = [
         [torch.stack([to_tensor(view) for view in views]) for views in kind if views]
         for kind in zip(*items, strict=True)
-    )
-    return torch.stack(first), torch.stack(second) if second else None
+    ]
+    first, second = (torch.stack(pair) if pair else None for pair in pairs)
+    return first, second
 
 
 def _name(cell: dict[str, Any] | None, where: str) -> str:

@@ -1,7 +1,5 @@
 """Attribute probes: how well a linear map reads from embeddings what augmentations change."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -49,29 +47,40 @@ def _pixel_statistics(x: Tensor) -> dict[str, Tensor]:
 def fit_ridge(features: Tensor, numbers: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     """(weight (k, d), bias (k,)) that minimize the mean squared error + penalty * |weight|^2.
 
-    Over standardized `features` (N, d), for `numbers` (N, k); by the normal equations, in float64.
+    Over standardized `features` (N, d), for `numbers` (N, k); by the normal equations, or where
+    there are more features than images by those of its dual, in float64.
     """
     x, y = features.double(), numbers.double()
     mean, std = x.mean(dim=0), x.std(dim=0).nan_to_num(1).clamp(min=1e-6)
     x = (x - mean) / std
-    gram = x.T @ x / len(x) + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    weight = torch.linalg.solve(gram, x.T @ (y - y.mean(dim=0)) / len(x)).T / std
+    wide, centered = x.shape[1] > len(x), (y - y.mean(dim=0)) / len(x)
+    gram = (x @ x.T if wide else x.T @ x) / len(x)
+    gram.diagonal().add_(penalty)
+    solution = x.T @ torch.linalg.solve(gram, centered) if wide else torch.linalg.solve(gram, x.T @ centered)
+    weight = solution.T / std
     return weight, y.mean(dim=0) - weight @ mean
 
 
-def probe_numbers(train: Tensor, numbers: Tensor, test: Tensor, truth: Tensor, seed: int = 0) -> float:
-    """R^2 on the test images of ridge regression from features (N, d) to numbers (N, k).
+def predict_numbers(train: Tensor, numbers: Tensor, test: Tensor, seed: int = 0) -> Tensor:
+    """(M, k) float64: what ridge regression from features (N, d) to numbers (N, k) says of `test` (M, d).
 
     Its penalty is the one that does best on a held-out fifth of the training images.
     """
     rest, held_out = validation_split(len(train), seed)
-    r2 = partial(_ridge_r2, train[rest], numbers[rest], train[held_out], numbers[held_out])
-    return _ridge_r2(train, numbers, test, truth, max(PENALTIES, key=r2))
+
+    def predicted(rows: Tensor, asked: Tensor, penalty: float) -> Tensor:
+        weight, bias = fit_ridge(train[rows], numbers[rows], penalty)
+        return asked.double() @ weight.T + bias
+
+    def r2(penalty: float) -> float:
+        return r_squared(predicted(rest, train[held_out], penalty), numbers[held_out].double())
+
+    return predicted(torch.arange(len(train)), test, max(PENALTIES, key=r2))
 
 
-def _ridge_r2(train: Tensor, numbers: Tensor, test: Tensor, truth: Tensor, penalty: float) -> float:
-    weight, bias = fit_ridge(train, numbers, penalty)
-    return r_squared(test.double() @ weight.T + bias, truth.double())
+def probe_numbers(train: Tensor, numbers: Tensor, test: Tensor, truth: Tensor, seed: int = 0) -> float:
+    """R^2 on the test images of `predict_numbers`."""
+    return r_squared(predict_numbers(train, numbers, test, seed), truth.double())
 
 
 def probe_classes(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, seed: int = 0) -> float:

@@ -17,19 +17,19 @@ from ..data.sources import load_splits
 from ..distributed import inference_accelerator
 from ..encoder import Encoder
 from ..errors import CareHubError
-from ..factory import push_export
+from ..factory import any_encoder, push_export
 from ..files import make_folder, write_text
 from ..hub.card import write_card
 from ..hub.client import check_push
 from ..hub.evaluation_record import add_result, read_record
-from ..hub.export import copy_export, export_folder, sha256
+from ..hub.export import copy_export, export_folder, read_config, sha256
 from ..hub.linear_head import LinearHead
 from ..hub.registry import locate
 from ..metrics import effective_rank, knn_top1
 from ..report.figures import plot_geometry, plot_neighbors
 from .attributes import probe_attributes
-from .equivariance import measure_equivariance, recorded_augmentation
-from .features import embed_all, embed_view, labeled, random_subset
+from .equivariance import measure_equivariance
+from .features import embed_all, embed_view, labeled, random_subset, recorded_augmentation
 from .finetune import finetune
 from .linear import linear_probe
 
@@ -53,6 +53,7 @@ def _own_folder(source: str) -> Path | None:
         return None
     folder = locate(source)
     try:
+        read_config(folder)  # in a folder of timm's there is no card of ours
         return make_folder(folder)
     except CareHubError as error:
         logger.warning("The results are shown and not saved: %s", error)
@@ -160,16 +161,17 @@ def evaluate_equivariance(
 ) -> dict[str, dict[str, Any]]:
     """`care-hub equivariance`: rotations by augmentation family, and attribute probes.
 
-    Each of the encoders `names` sees the same `images` test images under the same augmentations;
-    "full recipe" is that of the first. Results are saved beside each encoder that is a folder;
-    tables and figures of all of them in `output`. The main process does it all, alone; the others
-    return an empty dict at once. Raises CareHubError.
+    Each of the encoders `names`, of care_hub or of timm, sees the same `images` test images under
+    the same augmentations; "full recipe" is that of the first. The sphere is that of the
+    projection, or of backbone features where there is no head. Results are saved beside each
+    encoder that is a folder; tables and figures of all of them in `output`. The main process does
+    it all, alone; the others return an empty dict at once. Raises CareHubError.
     """
     accelerator = inference_accelerator()
     if not accelerator.is_main_process:
         return {}
     target = make_folder(output) if output else None
-    encoders = {name: Encoder.from_folder(locate(name)).to(accelerator.device) for name in names}
+    encoders = {name: any_encoder(name).to(accelerator.device) for name in names}
     _check_comparable(encoders)
     if not names:
         raise CareHubError("there is no encoder to measure; name at least one.")
@@ -182,12 +184,14 @@ def evaluate_equivariance(
     config, progress = recorded_augmentation(first.config), sys.stderr.isatty()
     results = {}
     for name, encoder in encoders.items():
+        space = "backbone" if encoder.projection is None else "projection"
         found = {
+            "space": space,
             "images": len(test),
             "draws": draws,
             "seed": seed,
             "families": measure_equivariance(encoder, test.pixels, config, draws, seed, progress=progress),
-            "effective_rank": effective_rank(embed_view(encoder, test.pixels)),
+            "effective_rank": effective_rank(embed_view(encoder, test.pixels, space=space)),
             "attributes": probe_attributes(encoder, train, test, seed),
         }
         results[name] = rounded(found)
@@ -207,9 +211,6 @@ def _check_comparable(encoders: dict[str, Encoder]) -> None:
     if len(sizes) > 1:
         words = " and ".join(map(str, sizes))
         raise CareHubError(f"encoders of {words} px see different images and can't be compared.")
-    for name, encoder in encoders.items():
-        if encoder.projection is None:
-            raise CareHubError(f"'{name}' has no projection head, hence no sphere to rotate.")
 
 
 def rounded(value: Any) -> Any:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..augment import center_crop, permutation
+from ..augment import AugmentationConfig, center_crop, permutation
+from ..config import EncoderConfig
 from ..data.images import Images
 from ..encoder import Encoder
 from ..errors import CareHubError
@@ -48,6 +50,43 @@ def embed_view(encoder: Encoder, images: Tensor, *steps: Augmentation, space: st
             x = step(x)
         parts.append(encoder.embed(x, space).cpu())
     return torch.cat(parts)
+
+
+def recorded_augmentation(config: EncoderConfig) -> AugmentationConfig:
+    """The augmentation that an encoder was trained with, without normalization.
+
+    That of the public code's CIFAR form where it is not recorded. Raises CareHubError for values
+    that can't be.
+    """
+    size, options = config.image_size, config.training
+    try:
+        low, width = float(options["crop_scale"]), options["blur_kernel_size"]
+        brightness, contrast, saturation, hue = map(float, options["jitter"])
+        return AugmentationConfig(
+            size,
+            scale=(low, 1.0),
+            jitter=(brightness, contrast, saturation, hue),
+            jitter_p=float(options["jitter_p"]),
+            grayscale=float(options["grayscale"]),
+            blur=float(options["blur"]),
+            blur_kernel_size=int(width),
+        )
+    except KeyError:
+        return AugmentationConfig(size)
+    except (TypeError, ValueError, CareHubError) as error:
+        raise CareHubError(f"the augmentation recorded with this encoder makes no sense: {error}.") from error
+
+
+@torch.no_grad()
+def embed_spaces(encoder: Encoder, x: Tensor) -> dict[str, Tensor]:
+    """Backbone features and, where there is a head, its projection, on the CPU, out of one forward pass.
+
+    `x` as `Encoder.embed` takes it.
+    """
+    found = {"backbone": (h := encoder.embed(x, "backbone")).cpu()}
+    if (head := encoder.evaluating().projection) is not None:
+        found["projection"] = F.normalize(head(h), dim=1).cpu()
+    return found
 
 
 def random_subset(count: int, wanted: int, seed: int = 0) -> Tensor:

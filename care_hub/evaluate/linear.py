@@ -16,8 +16,7 @@ from ..encoder import Encoder
 from ..errors import CareHubError
 from ..hub.linear_head import LinearHead
 from ..metrics import topk_accuracy
-from .equivariance import recorded_augmentation
-from .features import LabeledImages, embed_all, label_subset
+from .features import LabeledImages, embed_all, label_subset, recorded_augmentation
 
 WeightAndBias = tuple[Tensor, Tensor]  # (C, d), (C,)
 

@@ -7,10 +7,11 @@ from ..config import TrainConfig
 from ..data.images import Images
 from ..encoder import Encoder
 from ..metrics import knn_top1
-from .equivariance import augmentations, rotation_errors
+from .equivariance import augmentations, measure_equivariance, rotation_errors
 from .features import embed_all, embed_view, random_subset
 
 FINAL_IMAGES = 2000  # held-out images of the rotation protocol: half fitted, half measured
+FINAL_DRAWS = 8  # changes of color to which rotations are fitted
 
 
 def knn_bank(config: TrainConfig, images: Images) -> Images | None:
@@ -59,7 +60,7 @@ def final_results(
     augmentation: AugmentationConfig,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """The final results of a run: kNN, and the rotation errors on 2,000 held-out images.
+    """The final results of a run: kNN; on 2,000 held-out images the rotation errors, and what color does.
 
     Empty for a run that `max_steps` cuts short, unless `knn_every` asks for them.
     """
@@ -76,5 +77,8 @@ def final_results(
         pixels = center_crop(subset.pixels, augmentation.size)
         views = (embed_view(encoder, pixels, a) for a in augmentations("full recipe", augmentation, 16))
         results |= rotation_errors(embed_view(encoder, pixels), views)
+        families = measure_equivariance(encoder, pixels, augmentation, FINAL_DRAWS, families=["color"])
+        for name in ("motion", "same_image_hit_at_1"):
+            results[f"color_{name}"] = families["color"][name][0]
     accelerator.wait_for_everyone()
     return {k: round(v, 4) for k, v in results.items() if v is not None and v == v}

@@ -27,7 +27,15 @@ BEGIN, END = "<!-- written by care_hub: begin -->", "<!-- written by care_hub: e
 README_BYTES = 1 << 20
 OURS = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
 TAGS = ["care_hub", "timm", "equivariance", "self-supervised-learning", "contrastive-learning"]
-FAMILY_METRICS = ("rotation_invariance_ratio", "gram_deviation", "hit_at_1", "hit_at_1_unrotated")
+LICENSES = ("mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0")  # the Hub refuses unknown ones
+FAMILY_METRICS = (
+    "motion",
+    "same_image_hit_at_1",
+    "rotation_invariance_ratio",
+    "gram_deviation",
+    "hit_at_1",
+    "hit_at_1_unrotated",
+)
 
 
 def write_card(folder: Path, name: str | None = None) -> Path:
@@ -46,12 +54,7 @@ def card_text(folder: Path, name: str | None = None, before: str | None = None) 
     wrote into it and into the card in `folder` stays. Raises CareHubError for a folder whose files
     can't be read.
     """
-    path = folder / "README.md"
-    local = None
-    if own_file(path):
-        if path.stat().st_size > README_BYTES:
-            raise CareHubError(f"'{path}' is too long for a card; shorten it.")
-        local = path.read_text(encoding="utf-8", errors="replace")
+    local = _read_card(folder / "README.md")
     text = _merged(before or local, *_written(folder, name))
     if before and local:
         theirs = "\n\n".join(part.strip() for part in _split(local)[1])
@@ -70,6 +73,20 @@ def _merged(before: str | None, data: ModelCardData, body: str) -> str:
         values = theirs | values | {"tags": tags, "license": license}
         content = content.join(parts) if len(parts) > 1 else f"{parts[0]}\n\n{content}".lstrip()
     return f"---\n{ModelCardData(**values, ignore_metadata_errors=True).to_yaml()}\n---\n\n{content}\n"
+
+
+def card_license(folder: Path) -> str:
+    """The license that the card in `folder` names, if it does. Raises CareHubError where it can't be read."""
+    text = _read_card(folder / "README.md")
+    return str(_split(text)[0].get("license") or "") if text else ""
+
+
+def _read_card(path: Path) -> str | None:
+    if not own_file(path):
+        return None
+    if path.stat().st_size > README_BYTES:
+        raise CareHubError(f"'{path}' is too long for a card; shorten it.")
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _split(text: str) -> tuple[dict[str, Any], list[str]]:
@@ -173,8 +190,9 @@ def _metadata(config: EncoderConfig, title: str, rows: list[Row]) -> ModelCardDa
         )
         for row in rows
     ]
+    license = config.init.get("license", "other") if config.init else "mit"
     return ModelCardData(
-        license="mit",
+        license=license if license in LICENSES else "other",
         library_name="care_hub",
         pipeline_tag="image-feature-extraction",
         datasets=[trained] if trained else None,

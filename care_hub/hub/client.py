@@ -69,7 +69,7 @@ def fetch(
         revision=revision,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
-        allow_patterns=FILES,
+        allow_patterns=[*FILES, "README.md"],
         ignore_patterns=NESTED,
     )
     folder = Path(ask(download, repo_id, token, revision))

@@ -41,17 +41,27 @@ def export_folder(source: str | Path) -> Path:
     raise CareHubError(f"'{source}' is not an export folder or a run folder with one (no config.json there).")
 
 
-def read_config(folder: Path) -> tuple[EncoderConfig, dict[str, Any]]:
+def read_config(folder: Path, plain: bool = False) -> tuple[EncoderConfig, dict[str, Any]]:
     """config.json: its `care` object, checked for what rebuilding an encoder takes, and all of it.
 
-    Raises CareHubError for a file that is missing or is not a configuration of care_hub.
+    `plain`: without one, what timm wrote there instead. Raises CareHubError for a file that is
+    missing or is not a configuration of care_hub.
     """
     path = folder / "config.json"
     try:
         whole = read_json(path)
+        if plain and "care" not in whole:
+            return plain_config(whole), whole
         return EncoderConfig.from_json(whole["care"]), whole
     except (*READ_ERRORS, CareHubError) as error:
         raise CareHubError(f"'{path}' is not a care_hub configuration ({error!r:.200}).") from error
+
+
+def plain_config(whole: dict[str, Any]) -> EncoderConfig:
+    """That of an encoder without a head, from timm's own keys. Raises READ_ERRORS and CareHubError."""
+    seen = whole["pretrained_cfg"]
+    values = {"model": whole["architecture"], "image_size": seen["input_size"][-1]}
+    return EncoderConfig.from_json(values | {key: seen[key] for key in ("crop_pct", "mean", "std")})
 
 
 def read_json(path: Path, most: int = JSON_BYTES) -> Any:

@@ -20,7 +20,7 @@ from ..config import TrainConfig
 from ..data.images import InMemoryImages
 from ..encoder import Encoder
 from ..files import replacement
-from ..metrics import METRICS
+from ..metrics import METRICS, SAME_IMAGE_VIEWS
 from .tables import Results, interval, title_with_unit
 
 if TYPE_CHECKING:
@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, GRID, PAPER = "#1c1f24", "#dde1e6", "#ffffff"
 CURVES = ("loss", "infonce", "equivariance", "uniformity", "knn_top1", "weight", "lr", "images_per_second")
+HOLLOW = {"same_image_hit_at_1": "same_image_hit_at_1_linear", "hit_at_1": "hit_at_1_unrotated"}
+DASHED = {"same_image_hit_at_1": 100 / SAME_IMAGE_VIEWS, "rotation_invariance_ratio": 1}
 PANELS = {  # metric -> how to read its panel
+    "motion": "0: the encoder ignores it",
+    "same_image_hit_at_1": "dashed: chance; hollow: a linear map",
     "rotation_invariance_ratio": "1: a rotation explains nothing",
     "gram_deviation": "change of inner products",
     "hit_at_1": "hollow: found by f(x) itself",
@@ -156,16 +160,16 @@ def plot_geometry(
     colors = colors or run_colors(results)
     families = list(next(iter(results.values()))["families"])
     height = 1.4 + 0.32 * len(families) + 0.1 * len(results)
-    with _figure(path, 4 * len(metrics), height, dpi=120) as figure:
+    with _figure(path, 3.6 * len(metrics), height, dpi=120) as figure:
         panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
         for axes, metric in zip(panels, metrics, strict=True):
             for k, (name, result) in enumerate(results.items()):
                 y, color = np.arange(len(families)) + 0.18 * (k - (len(results) - 1) / 2), colors[name]
                 mean, low, high = _triples(result, families, metric)
                 axes.hlines(y, low, high, color=color, lw=1.5)
-                if metric == "hit_at_1":
-                    unrotated, _, _ = _triples(result, families, "hit_at_1_unrotated")
-                    axes.plot(unrotated, y, "o", ms=6.5, mfc=PAPER, color=color)
+                if metric in HOLLOW:
+                    other, _, _ = _triples(result, families, HOLLOW[metric])
+                    axes.plot(other, y, "o", ms=6.5, mfc=PAPER, color=color)
                 axes.plot(mean, y, "o", ms=5, color=color)
             _explain_panel(axes, metric)
         panels[0].set_yticks(range(len(families)), list(map(_printable, families)))
@@ -182,12 +186,14 @@ def _triples(result: dict[str, Any], families: list[str], metric: str) -> np.nda
 def _explain_panel(axes: Axes, metric: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set(title=title_with_unit(metric), xlabel=f"{PANELS[metric]}; {METRICS[metric].better} is better")
+    better = METRICS[metric].better
+    xlabel = f"{PANELS[metric]}; {better} is better" if better else PANELS[metric]
+    axes.set(title=title_with_unit(metric), xlabel=xlabel)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="x")
-    if metric == "rotation_invariance_ratio":
-        axes.axvline(1, color=INK, lw=0.8, ls="--", alpha=0.6)
+    if metric in DASHED:
+        axes.axvline(DASHED[metric], color=INK, lw=0.8, ls="--", alpha=0.6)
 
 
 def plot_curves(runs: Runs, path: Path, metrics: Sequence[str] = (), legend: bool = True) -> None:

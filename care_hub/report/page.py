@@ -22,7 +22,16 @@ from .runs import Run, read_runs
 from .svg import VARIABLES, inline_svg
 from .tables import HITS, Results, interval, number, title_with_unit
 
-COLUMNS = ("rotation_invariance_ratio", "gram_deviation", "gamma", "composition_invariance_ratio", *HITS)
+COLUMNS = (
+    "motion",
+    "same_image_hit_at_1",
+    "same_image_hit_at_1_linear",
+    "rotation_invariance_ratio",
+    "gram_deviation",
+    "gamma",
+    "composition_invariance_ratio",
+    *HITS,
+)
 SHEETS = ("neighbors.png", "neighbours.png")  # the latter in exports of earlier versions
 OWN_OPTIONS = {"run_name", "save_root", "resume"}  # differ between runs of one configuration
 

@@ -1,6 +1,7 @@
 """Results as plain text, and how numbers and their titles are written."""
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,17 @@ from ..errors import printable
 from ..metrics import METRICS
 
 HITS = ("hit_at_1", "hit_at_1_unrotated", "hit_at_1_random")
+STEERING = (
+    "motion",
+    "same_image_hit_at_1",
+    "same_image_hit_at_1_linear",
+    "same_image_hit_at_1_mlp",
+    "same_image_mrr",
+    "cosine",
+    "cosine_unrotated",
+    "parameters_from_pair",
+    "parameters_from_view",
+)
 GEOMETRY = (
     "invariance_error",
     "rotation_error",
@@ -70,19 +82,26 @@ def text_table(rows: list[list[str]]) -> str:
 def geometry_text(results: Results) -> str:
     """What `care-hub equivariance` prints: families by encoder, meanings of columns, attribute probes.
 
+    First whether embeddings can be steered, then how nearly augmentations are rotations.
+
     `results`: name of the encoder -> what `evaluate.commands.evaluate_equivariance` measured.
     """
-    meanings = [f"  {METRICS[key].title}: {METRICS[key].meaning}" for key in GEOMETRY]
-    note = "R is fitted on one half of the images; the other half is measured."
-    families, attributes = text_table(_family_rows(results)), text_table(_attribute_rows(results))
-    return "\n".join(["", families, "", note, *meanings, "", attributes])
+    note = "R is fitted to an augmentation a on one half of the images; the other half is measured."
+    parts = ["", note, ""]
+    for question, keys in (
+        ("Does R know which augmentation was made? That is what steering takes.", STEERING),
+        ("Is an augmentation a rotation of all embeddings, and does it keep images apart?", GEOMETRY),
+    ):
+        meanings = [f"  {METRICS[key].title}: {METRICS[key].meaning}" for key in keys]
+        parts += [question, "", text_table(_family_rows(results, keys)), "", *meanings, ""]
+    return "\n".join([*parts, text_table(_attribute_rows(results))])
 
 
-def _family_rows(results: Results) -> list[list[str]]:
-    rows = [["family", "encoder", *map(title_with_unit, GEOMETRY)]]
+def _family_rows(results: Results, keys: Sequence[str]) -> list[list[str]]:
+    rows = [["family", "encoder", *map(title_with_unit, keys)]]
     for family in next(iter(results.values()))["families"]:
         for name, result in results.items():
-            means = [number(interval(result, family, key)[0]) for key in GEOMETRY]
+            means = [number(interval(result, family, key)[0]) for key in keys]
             rows.append([family, Path(name).name, *means])
     return rows if len(results) > 1 else [[family, *numbers] for family, _, *numbers in rows]
 

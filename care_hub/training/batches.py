@@ -17,7 +17,7 @@ from ..data.images import Images, StreamedImages
 from ..data.sources import dataset_spec
 from ..schedule import Plan
 
-Batch = Tensor | tuple[Tensor, Tensor | None]  # whole images, or the crops that loader processes have cut
+Batch = Tensor | tuple[Tensor | None, Tensor | None]  # whole images, or the cut crops
 
 
 def training_augmentation(config: TrainConfig) -> AugmentationConfig:
@@ -63,7 +63,7 @@ def make_views(
     """The pair for InfoNCE (sampled per image) and, for CARE, the pair sampled per group; one pair
     where shared.
 
-    `batch`: (b, 3, H, W), or ((b, 2, 3, S, S), and for the second pair the same or None).
+    `batch`: (b, 3, H, W), or ((b, 2, 3, S, S), the same for the second pair); None for one not needed.
     `augmentation`: of the contrastive views. `step` counts micro-batches, of which `start` is the
     first with an equivariance loss. Each pair is (2b, 3, S, S), first view then second.
     """
@@ -77,17 +77,19 @@ def make_views(
         return augment.two_views(x, kind, config.seed, step, stream, draws, rank, processes, crop, stride)
 
     equivariant = config.weight and step >= start
-    if equivariant and config.views == "shared":
+    if first is not None and equivariant and config.views == "shared":
         return (views(first, augmentation, "shared", groups, not cut, config.equivariance_stride),)
-    contrastive = views(first, augmentation, "contrastive", len(first) * processes, not cut)
+    contrastive: tuple[Tensor, ...] = ()
+    if first is not None and not config.steers_alone:
+        contrastive = (views(first, augmentation, "contrastive", len(first) * processes, not cut),)
     if not equivariant or second is None:
-        return (contrastive,)
+        return contrastive
     if not cut:
         second = second[:: config.equivariance_stride]
         if not config.equivariance_crop:
             second = augment.center_crop(second, augmentation.size)
     own, crop = equivariance_augmentation(config, augmentation), not cut and config.equivariance_crop
-    return contrastive, views(second, own, "equivariance", groups, crop)
+    return *contrastive, views(second, own, "equivariance", groups, crop)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ class ViewCutter:
         if equivariant and c.views == "shared":
             stream, unit = ("shared own", place) if outside else ("shared", group)
             return self._crops(image, self.augmentation, stream, step, unit), []
-        contrastive = self._crops(image, self.augmentation, "contrastive", step, place)
+        contrastive = []
+        if not c.steers_alone:
+            contrastive = self._crops(image, self.augmentation, "contrastive", step, place)
         if not equivariant or outside:
             return contrastive, []
         if not c.equivariance_crop:

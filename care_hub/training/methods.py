@@ -92,6 +92,19 @@ class SimCLR(nn.Module):
         """Called once after every optimizer step."""
 
 
+class Steering(SimCLR):
+    """The steering head alone: over a frozen backbone InfoNCE would train a head that embeds nothing."""
+
+    def forward(self, views: Tensor, group_views: Tensor | None = None) -> dict[str, Tensor]:
+        """As `SimCLR.forward`; `views` are those sampled per group, and there are no others."""
+        first, second = self.embed(views)
+        (share, temperature), none = self.spread, views.new_zeros(())
+        equivariance = losses.equivariance(first, second, self.groups)
+        uniformity = losses.uniformity(first, second, temperature, own_view=True)
+        loss = self.weight * (equivariance + share * uniformity)
+        return {"loss": loss, "infonce": none, "equivariance": equivariance, "uniformity": uniformity}
+
+
 class MoCo(SimCLR):
     """MoCo-v2 (He et al. 2020; Chen et al. 2020b): queries against their keys and older ones in a queue.
 
@@ -136,4 +149,5 @@ class MoCo(SimCLR):
     def after_step(self) -> None:
         """Move the key encoder a little toward the query encoder."""
         for key, query in zip(self.key_encoder.parameters(), self.encoder.parameters(), strict=True):
-            key.lerp_(query, 1 - self.momentum)
+            if query.requires_grad:  # the others, of a frozen backbone, are the same
+                key.lerp_(query, 1 - self.momentum)

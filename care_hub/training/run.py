@@ -21,15 +21,17 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..config import TrainConfig, plain_values, to_yaml
+from ..config import LABEL_LENGTH, TrainConfig, plain_values, source_name, to_yaml
 from ..data.images import Images
 from ..distributed import from_main
 from ..encoder import Encoder
 from ..errors import CareHubError, printable
+from ..factory import any_encoder
 from ..files import file_errors, write_text
-from ..hub.card import write_card
+from ..hub.card import card_license, write_card
 from ..hub.export import fill, folder_lock, read_config
 from ..hub.push import push_folder
+from ..hub.registry import locate
 from ..report.figures import plot_neighbors
 from .checkpoint import (
     check_optimizer,
@@ -42,6 +44,35 @@ from .checkpoint import (
 
 logger = logging.getLogger(__name__)
 SHEET_IMAGES = 2000  # among which neighbors are looked for
+
+
+def initial_encoder(config: TrainConfig) -> Encoder | None:
+    """The encoder that `init` names, or the run's own copy of it if it is resumed; None without `init`.
+
+    Raises CareHubError where it can't be loaded.
+    """
+    if not config.init:
+        return None
+    own = Path(config.save_root) / str(config.run_name) / "init"
+    if config.resume and (own / "config.json").is_file():
+        return Encoder.from_pretrained(own)
+    encoder, license = any_encoder(config.init), _license(config.init)
+    init = {"name": source_name(config.init)} | ({"license": license} if license else {})
+    encoder.config = replace(encoder.config, init=init)
+    return encoder
+
+
+def _license(source: str) -> str:
+    """The license of an encoder that has been loaded, as far as its card or its configuration names one."""
+    try:
+        folder = locate(source, local_files_only=True)
+    except CareHubError:  # a name of timm's
+        return getattr(timm.get_pretrained_cfg(source), "license", None) or ""
+    license = card_license(folder)
+    if license in ("", "other"):
+        config, stored = read_config(folder, plain=True)
+        license = config.init.get("license") or str(stored["pretrained_cfg"].get("license") or license)
+    return printable(license)[:LABEL_LENGTH]
 
 
 @contextmanager
@@ -61,7 +92,7 @@ def _open(config: TrainConfig, stack: ExitStack) -> str:
     stack.enter_context(_lock(folder))
     export = folder / "export"  # into which others may be writing their evaluations
     with folder_lock(export) if export.is_dir() else nullcontext():
-        for pattern in (".writing-*", "checkpoints/.writing-*", "export/.writing-*"):
+        for pattern in (".writing-*", "*/.writing-*"):
             for left in folder.glob(pattern):  # by a process that was killed
                 remove(left)
     return name
@@ -123,8 +154,10 @@ def finished_results(config: TrainConfig) -> dict[str, float]:
     folder = Path(config.save_root) / str(config.run_name)
     with suppress(CareHubError, OSError, ValueError):
         complete = (folder / "export" / "README.md").is_file()  # which is written last
+        export = read_config(folder / "export")[0]
+        config = config.start_from(export) if config.init else config
         # An option that is newer than the run has its default.
-        options = TrainConfig().published() | read_config(folder / "export")[0].training
+        options = TrainConfig().published() | export.training
         if complete and plain_values(options) == plain_values(config.published()):
             return json.loads((folder / "results.json").read_text())
     return {}
@@ -184,6 +217,8 @@ def rehearse(encoder: Encoder, images: int) -> None:
     with torch.random.fork_rng([]):
         with TemporaryDirectory() as folder:
             copy = Encoder.from_folder(encoder.save_pretrained(folder))
+        if encoder.frozen:
+            copy.freeze_backbone()
         x = torch.zeros(images, 3, size, size)
         if not torch.equal(copy.embed(x), encoder.embed(x)):
             raise CareHubError(f"model '{model}' gives other embeddings once it is saved and loaded.")

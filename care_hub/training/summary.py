@@ -17,7 +17,7 @@ from ..schedule import Plan, lr_at
 def plan_text(
     config: TrainConfig, plan: Plan, encoder: Encoder, train: Images, accelerator: Accelerator
 ) -> str:
-    """The resolved plan in three lines."""
+    """The resolved plan in three lines, and one of what it begins with if that is `init`."""
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
     device = f"CPU, {torch.get_num_threads()} threads"
     if accelerator.device.type == "cuda":
@@ -27,7 +27,7 @@ def plan_text(
         method += f", weight {config.weight:g}"
         if config.weight_start_epochs:
             method += f" after {config.weight_start_epochs:g} epochs"
-        if config.weight_warmup_epochs:
+        if config.weight_warmup_epochs and not config.steers_alone:
             method += f" growing over {config.weight_warmup_epochs:g} epochs"
         method += f", {config.equiv_splits} groups" + ", steering head" * config.steering_head
     if config.method == "moco":
@@ -46,11 +46,18 @@ def plan_text(
     mixed = accelerator.mixed_precision
     precision = "float32" if mixed == "no" else mixed
     epochs = f"{plan.stop / plan.steps_per_epoch:.1f} epochs"
-    if config.weight:
+    if config.weight and not encoder.frozen:
         plain = {"simclr": "SimCLR", "moco": "MoCo"}[config.method]
         epochs += f"; price: {plan.price(config):,.0f} {plain} steps"
+    began = ""
+    if init := encoder.config.init:
+        frozen = ", backbone frozen" * encoder.frozen + ", no contrastive views" * config.steers_alone
+        license, head, sizes = init.get("license", "see there"), init["head"], encoder.config.projection
+        if head == "new" and sizes:
+            head += f", {sizes.inputs} -> {sizes.outputs}"
+        began = f"initialized from {init['name']} (license: {license}), head {head}{frozen}\n"
     return (
-        f"{method} · {model} · {data}\n"
+        f"{method} · {model} · {data}\n{began}"
         f"{plan.stop:,} steps of {batch} ({epochs}) on {accelerator.num_processes} x {device}\n"
         f"precision {precision}, channels_last, {optimizer}, images {train.description}"
     )

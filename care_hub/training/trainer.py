@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,20 +17,21 @@ from timm.optim import Lars
 from torch import nn
 
 from ..augment import AugmentationConfig, seeded_generator
-from ..config import TrainConfig
+from ..config import EncoderConfig, ProjectionConfig, TrainConfig
 from ..data.images import Images, InMemoryImages
 from ..data.sources import load_splits
 from ..distributed import Votes, from_main, global_batch_norm, launched_accumulation, peer_errors
-from ..encoder import Encoder
+from ..encoder import Encoder, projection_head
 from ..errors import CareHubError
 from ..evaluate.monitor import final_results, knn_monitor
 from ..hub.client import check_name, check_push
+from ..models import feature_width
 from ..schedule import Plan, lr_at, weight_at
 from . import run, summary
 from .batches import make_views, training_augmentation, training_batches
 from .checkpoint import CheckpointWriter, resume_options
-from .divergence import check_weights
-from .methods import MoCo, SimCLR
+from .divergence import check_weights, largest_size
+from .methods import MoCo, SimCLR, Steering
 from .preemption import Preempted, Preemption
 from .progress import Progress, start_trackers
 
@@ -60,6 +61,7 @@ class Session:
     progress: Progress
     writer: CheckpointWriter
     start: int  # the first step
+    largest: float  # root mean square of the weights
     stopped: bool = False  # before the end, as it was asked to
 
     def __enter__(self) -> "Session":
@@ -93,7 +95,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         if config.dry_run:
             return {}
         with (
-            run.open_run(config) as folder,
+            run.open_run(setup.config) as folder,
             start(setup, folder) as session,
             Preemption(config.preempt_signal) as preemption,
         ):
@@ -131,29 +133,50 @@ def precision(wanted: str) -> str:
 
 
 def set_up(config: TrainConfig, accelerator: Accelerator) -> Setup:
-    """Read the data, build the encoder and say the plan."""
+    """Read the initial weights and the data, build the encoder and say the plan."""
     main = accelerator.is_main_process
-    # One process of each machine fills the cache of `datasets`; the others wait for it.
+    # One process of each machine fills the caches of `datasets` and of the Hub; the others wait for it.
     with accelerator.local_main_process_first():
+        if initial := run.initial_encoder(config):
+            config = config.start_from(initial.config)
         train_images, test_images = load_splits(config, config.image_size, progress=main)
     plan, augmentation = Plan.of(config, len(train_images)), training_augmentation(config)
-    encoder = Encoder.new(
-        config.model,
-        augmentation.size,
-        augmentation.mean,
-        augmentation.std,
-        config.projection_hidden,
-        config.projection_dim,
-        config.projection_norm,
-        crop_pct=augmentation.size / train_images.size,
-    )
-    encoder.set_contrastive_head(config.steering_head and config.weight > 0)
+    if initial:  # its weights expect images normalized so, whatever their statistics are
+        augmentation = replace(augmentation, mean=initial.config.mean, std=initial.config.std)
+    encoder = make_encoder(config, initial, augmentation, augmentation.size / train_images.size)
+    encoder.set_contrastive_head(config.steering_head and config.weight > 0 and not config.steers_alone)
+    if initial:  # the same from here on, however the weights were read
+        torch.manual_seed(config.seed)
     smallest = config.batch_size * (1 if config.method == "moco" else 2)  # batch that the encoder sees
     from_main(lambda: run.rehearse(encoder, min(2, smallest)))
     setup = Setup(config, accelerator, train_images, test_images, plan, augmentation, encoder)
     if main:
         log_plan(setup)
     return setup
+
+
+def make_encoder(
+    config: TrainConfig, initial: Encoder | None, augmentation: AugmentationConfig, crop_pct: float
+) -> Encoder:
+    """A new encoder, or `initial` itself, with a new head unless its own has the sizes asked for."""
+    size, mean, std = augmentation.size, augmentation.mean, augmentation.std
+    sizes = (config.projection_hidden, config.projection_dim, config.projection_norm)
+    if initial is None:
+        return Encoder.new(config.model, size, mean, std, *sizes, crop_pct)
+    before, backbone = initial.config, initial.backbone
+    if size != before.image_size and hasattr(backbone, "set_input_size"):
+        backbone.set_input_size(img_size=size)  # which interpolates position embeddings
+    head = ProjectionConfig(feature_width(backbone, size), *sizes)
+    init = {"head": "taken over" if head == before.projection else "new"} | before.init
+    second = before.contrastive_head
+    initial.config = EncoderConfig(config.model, size, crop_pct, mean, std, head, second, init=init)
+    torch.manual_seed(config.seed)
+    new_head = projection_head(head)
+    if head != before.projection:
+        initial.projection = new_head
+    if config.freeze_backbone:
+        initial.freeze_backbone()
+    return initial
 
 
 def log_plan(setup: Setup) -> None:
@@ -181,15 +204,18 @@ def start(setup: Setup, folder: Path) -> Session:
         # Renamed in newer torch; the old name is the one that torch 2.6 knows.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         method, optimizer = accelerator.prepare(method, make_optimizer(config, method))
-    step, seconds = 0, 0.0
+    step, seconds, largest = 0, 0.0, largest_size(method)
     if config.resume and run.has_checkpoint(config, folder):
         step, seconds = run.restore(folder, method, optimizer, accelerator)
+    elif config.init:  # so that the run can be resumed where `init` has gone, or has changed
+        from_main(lambda: setup.encoder.save_pretrained(folder / "init") and None)
     for images in (setup.train, setup.test):
         if isinstance(images, InMemoryImages):
             images.to(accelerator.device)
     start_trackers(folder, config, accelerator)
     progress = Progress(folder, setup.plan, step, seconds, config, accelerator)
-    return Session(folder, method, optimizer, progress, CheckpointWriter(folder / "checkpoints", step), step)
+    writer = CheckpointWriter(folder / "checkpoints", step)
+    return Session(folder, method, optimizer, progress, writer, step, largest)
 
 
 def fit(setup: Setup, session: Session, preemption: Preemption) -> int:
@@ -263,12 +289,12 @@ def save_checkpoint(setup: Setup, session: Session, done: int) -> None:
     Raises CareHubError, on all, if training has diverged.
     """
     accelerator = setup.accelerator
-    check_weights(accelerator.unwrap_model(session.method), session.optimizer, done, setup.config)
+    method = accelerator.unwrap_model(session.method)
+    check_weights(method, session.optimizer, done, setup.config, session.largest)
     if accelerator.is_main_process:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
         extra = {"seconds": session.progress.seconds, "scaler": scaler} | run.conditions(accelerator)
-        model = accelerator.unwrap_model(session.method).state_dict()
-        session.writer.save(done, model, session.optimizer.state_dict(), extra)
+        session.writer.save(done, method.state_dict(), session.optimizer.state_dict(), extra)
 
 
 def finish(setup: Setup, session: Session, done: int, preemption: Preemption) -> dict[str, float]:
@@ -304,6 +330,8 @@ def make_method(config: TrainConfig, encoder: Encoder, images: int) -> SimCLR:
     stride = config.equivariance_stride if config.views == "shared" else 1
     common = (encoder, config.temperature, config.weight, config.equiv_splits, stride)
     spread = (config.steering_uniformity, config.steering_temperature)
+    if config.steers_alone:
+        return Steering(*common, spread=spread)
     if config.method == "simclr":
         return SimCLR(*common, config.loss_subtype, spread)
     queue = (config.queue_for(images), config.momentum_encoder, config.projection_dim)
@@ -329,17 +357,19 @@ def step_memory(config: TrainConfig, encoder: Encoder, images: int, precision: s
     all layers, measured on one image.
     """
     outputs, size = 0, encoder.config.image_size
+    learned = nn.ModuleList(m for m in encoder.children() if m is not encoder.backbone or not encoder.frozen)
 
     def count(module: nn.Module, inputs: object, output: object) -> None:
         nonlocal outputs
         outputs += output.numel() if isinstance(output, torch.Tensor) else 0
 
-    hooks = [m.register_forward_hook(count) for m in encoder.modules() if not list(m.children())]
+    hooks = [m.register_forward_hook(count) for m in learned.modules() if not list(m.children())]
     encoder.embed(torch.zeros(1, 3, size, size))
     for hook in hooks:
         hook.remove()
     separate = config.weight and config.views == "separate"
     views = images * (2 + (2 / config.equivariance_stride if separate else 0))  # alive at the backward pass
-    parameters = sum(p.numel() for p in encoder.parameters())
-    copies = (4 if config.optimizer in ("adam", "adamw") else 3) + (config.method == "moco")
-    return parameters * 4 * copies + outputs * views * (4 if precision == "no" else 2)
+    every, trained = (sum(p.numel() for p in module.parameters()) for module in (encoder, learned))
+    copies = 3 if config.optimizer in ("adam", "adamw") else 2  # gradients, and what the optimizer has
+    weights = every * (1 + (config.method == "moco")) + trained * copies
+    return weights * 4 + outputs * views * (4 if precision == "no" else 2)
