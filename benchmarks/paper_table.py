@@ -67,6 +67,10 @@ ROWS = (
     Row("gram", "gram_deviation", 4),
     Row("hit", "hit_at_1", 1),
     Row("hit_unrotated", "hit_at_1_unrotated", 1),
+    Row("color_same_image_hit_at_1", "same_image_hit_at_1", 1, "color, same image, found by R f(x), %"),
+    Row("color_same_image_mrr", "same_image_mrr", 3, "the same, mean reciprocal rank"),
+    Row("color_same_image_hit_at_1_linear", "same_image_hit_at_1_linear", 1, "found by a linear map, %"),
+    Row("color_motion", "motion", 3, "color, motion"),
     Row("training_minutes", "training_seconds", 1, "minutes of training"),
     Row("images_per_second", "images_per_second", 0),
 )
@@ -151,6 +155,8 @@ def measured(run: Path) -> dict[str, float]:
     }
     for fraction in LABEL_FRACTIONS:
         values[f"label_probe_{100 * fraction:g}"] = accuracy[few_labels(fraction)]["top1"]
+    color = equivariance["families"].get("color", {})
+    values |= {f"color_{name}": mean for name, (mean, _, _) in color.items() if mean is not None}
     for space, attributes in equivariance["attributes"].items():
         values |= {f"{name}_{space}": value for name, value in attributes.items()}
     return values

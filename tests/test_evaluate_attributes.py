@@ -28,6 +28,9 @@ def test_probes_find_what_is_there_and_nothing_else():
     columns = torch.cat([told, torch.ones(600, 1)], dim=1).double()
     exact = torch.linalg.lstsq(columns, y.double()).solution.T
     torch.testing.assert_close(torch.cat([weight, bias[:, None]], dim=1), exact, rtol=1e-4, atol=1e-6)
+    wide = torch.cat([x[:20], torch.zeros(20, 30)], dim=1)  # more features than images
+    weight, _ = fit_ridge(wide, y[:20], 0.1)
+    torch.testing.assert_close(weight[:, :10], fit_ridge(x[:20], y[:20], 0.1)[0])
 
 
 def test_colors_of_images_are_read_from_colors():

@@ -101,7 +101,7 @@ def test_an_encoder_that_rotates_exactly_knows_which_augmentation_was_made(brigh
     found = brighter(LightEncoder(), noise(160, 3) // 2)
     assert found["same_image_hit_at_1"] > 98 and found["same_image_mrr"] > 0.99
     assert found["same_image_hit_at_1_linear"] > 60 and found["cosine_linear"] > 0.99
-    assert found["cosine"] > 0.9999 and found["cosine_mlp"] > 0.99 and found["cosine_unrotated"] < 0.9
+    assert found["cosine"] > 0.9999 and found["cosine_mlp"] > 0.95 and found["cosine_unrotated"] < 0.9
     assert found["same_image_hit_at_1_unrotated"] < 10
     assert found["rotation_invariance_ratio"] < 1e-6 and found["composition_invariance_ratio"] < 1e-6
     assert found["motion"] > 0.1 and found["motionless"] == 0
@@ -110,7 +110,7 @@ def test_an_encoder_that_rotates_exactly_knows_which_augmentation_was_made(brigh
 @pytest.mark.parametrize("encoder", [PatternEncoder(), CollapsedEncoder()])
 def test_an_encoder_that_is_invariant_can_not_look_steerable(brighter, encoder):
     found = brighter(encoder, noise(160, 3) // 2)
-    for suffix in ("", "_unrotated", "_linear"):
+    for suffix in ("", "_unrotated", "_linear", "_mlp"):
         for name, chance in CHANCE.items():
             assert found[f"same_image_{name}{suffix}"] == pytest.approx(chance), suffix
     ratios = [

@@ -41,9 +41,9 @@ NOT_RANDOM = {"flip", "grayscale"}  # one of them says it all
 MAX_DEGREES = 30.0
 RESAMPLES = 200
 CHUNK = 250  # views that are embedded at once: they fit into a processor's cache
-CANDIDATE_IMAGES = 250  # so many have all the views among which that of an augmentation is to be found
+CANDIDATE_IMAGES = 200  # so many have all the views among which that of an augmentation is to be found
 COMPOSED = 16  # every sixteenth augmentation is composed with the one before it
-HIDDEN, EPOCHS, RATE = 256, 3, 2e-3  # of the MLP that a rotation is compared with
+HIDDEN, EPOCHS, RATE = 256, 2, 2e-3  # of the MLP that a rotation is compared with
 
 
 @dataclass(frozen=True)
