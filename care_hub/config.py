@@ -232,8 +232,9 @@ class TrainConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.init:  # which else fixes the architecture
-            self.init, self.model = None, self.model or DEFAULT_MODEL
+        self.init = self.init or None
+        if self.model is None and not self.init:  # which else fixes the architecture
+            self.model = DEFAULT_MODEL
         self.accumulation_given = self.gradient_accumulation is not None
         if not self.accumulation_given:
             self.gradient_accumulation = 1

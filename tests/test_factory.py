@@ -23,6 +23,7 @@ from care_hub.evaluate.equivariance import augmentations, rotation_errors
 from care_hub.evaluate.linear import fit_linear
 from care_hub.factory import any_encoder, load_classifier, load_encoder, load_linear_head, push_export
 from care_hub.files import make_folder
+from care_hub.hub import registry
 from care_hub.report.page import write_page
 
 SHIPPED, SMALL = "resnet10_w16_small.care_shapes", "resnet10_w16_small"
@@ -204,7 +205,8 @@ def test_networks_of_timm_are_encoders_without_a_head(architecture, tmp_path):
         load_encoder(tmp_path)
 
 
-def test_any_name_of_an_encoder_will_do(tiny_run):
+def test_any_name_of_an_encoder_will_do(tiny_run, monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {})
     assert any_encoder(tiny_run).fingerprint == load_encoder(tiny_run).fingerprint
     assert any_encoder("resnet10_w16_small").projection is not None
     for name in ("resnet18.nonsense", "resnet18_cifar", "resnet0"):

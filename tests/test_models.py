@@ -118,7 +118,7 @@ def test_what_would_fail_after_training_is_told_by_a_dry_run(monkeypatch):
     flags = ("--batch-size", "1", "--weight", "0", "--method", "moco", "--dry-run")
     assert "Model 'resnet10_w16_small' can't be trained on 1 image of 32 pixels" in refusal(*flags)
     monkeypatch.setattr("care_hub.encoder.projection_head", lambda config: torch.nn.Linear(config.inputs, 5))
-    assert "weights disagree on the head" in refusal("--dry-run")
+    assert "'projection.safetensors' disagree on the head" in refusal("--dry-run")
 
 
 def test_a_rehearsal_leaves_no_trace():
