@@ -41,7 +41,8 @@ def main(root: Path, seed: int) -> bool:
         for name in ("simclr", "care", "moco", "care-steering"):
             expected, found = root / "2" / whole / name, root / str(processes) / f"{whole}:resumed" / name
             seen, again = views(expected, 2), views(found, processes)
-            order = "the same" if again == seen[len(seen) * stop // STEPS :] else "OTHERS"
+            before = len(views(root / "2" / f"float64:{stop}" / name, 2))
+            order = "the same" if again == seen[before:] else "OTHERS"
             difference = weight_difference(expected, found, STEPS)
             survived, tried = survived + (order == "the same" and difference <= 1e-8), tried + 1
             print(f"{name:<11}{stop:>8}{processes:>12}{difference:>19.1e}  {order}")
