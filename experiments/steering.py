@@ -11,7 +11,7 @@ that is in the JSON is not repeated. Prints means over the seeds as a Markdown t
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,31 +22,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from care_hub import losses
+from care_hub.augment import AugmentationConfig
 from care_hub.config import EvalConfig, TrainConfig, read_yaml
 from care_hub.data.images import Images
 from care_hub.data.sources import load_splits
 from care_hub.distributed import gather, inference_accelerator
 from care_hub.encoder import Encoder
-from care_hub.evaluate.equivariance import NOTHING, augmentations
-from care_hub.evaluate.features import embed_view, labeled
+from care_hub.evaluate.equivariance import measure_equivariance
+from care_hub.evaluate.features import labeled
 from care_hub.evaluate.linear import linear_probe, validation_split
 from care_hub.files import write_text
-from care_hub.metrics import retrieval_ranks
-from care_hub.rotation import procrustes
 from care_hub.training import trainer
 from care_hub.training.methods import SimCLR
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cifar10_small.yaml"
 COLOR = (0.4, 0.4, 0.4, 0.5)
-DRAWS, FITTED, MEASURED = 50, 2000, 500
+IMAGES = 4000  # half to fit rotations, half to measure them
+MEASURES = ("same_image_hit_at_1", "same_image_mrr", "cosine", "cosine_unrotated", "motion")
 COLUMNS = {
     "knn_top1": "kNN, %",
     "probe": "linear probe, %",
-    "hit_at_1": "same image: H@1, %",
-    "hit_at_5": "H@5, %",
-    "mrr": "MRR",
-    "cosine": "cos(R f(x), f(ax))",
-    "cosine_unrotated": "cos(f(x), f(ax))",
+    "color same_image_hit_at_1": "colors, same image: H@1, %",
+    "color same_image_mrr": "MRR",
+    "color cosine": "cos(R f(x), f(ax))",
+    "color cosine_unrotated": "cos(f(x), f(ax))",
+    "color motion": "motion",
+    "hue same_image_hit_at_1": "hue alone: H@1, %",
+    "hue same_image_mrr": "MRR of hue",
     "training_seconds": "seconds",
 }
 
@@ -119,21 +121,11 @@ ARMS = {
 }
 
 
-def same_image(encoder: Encoder, images: Tensor) -> dict[str, float]:
-    """Does R_k f(x) find f(a_k x) among all draws a of the same image? R is fitted on other images."""
-    color = replace(NOTHING, size=encoder.config.image_size, jitter=COLOR, jitter_p=1)
-    z, turned, views = embed_view(encoder, images), [], []
-    for step in augmentations("full recipe", color, DRAWS):
-        view = embed_view(encoder, images, step)
-        r = procrustes(z[:FITTED], view[:FITTED]).to(z)
-        turned.append(z[FITTED:] @ r.T)
-        views.append(view[FITTED:])
-    queries, candidates = (torch.stack(each, dim=1) for each in (turned, views))  # (images, draws, d)
-    ranks = torch.stack([retrieval_ranks(*pair) for pair in zip(queries, candidates, strict=True)])
-    found = {f"hit_at_{k}": 100 * (ranks <= k).float().mean() for k in (1, 5)}
-    found |= {"mrr": (1 / ranks).mean(), "cosine": (queries * candidates).sum(dim=2).mean()}
-    found["cosine_unrotated"] = (z[FITTED:, None] * candidates).sum(dim=2).mean()
-    return {name: round(float(value), 4) for name, value in found.items()}
+def steering(encoder: Encoder, images: Tensor) -> dict[str, float]:
+    """What `care-hub equivariance` says of colors as a whole and of hue alone."""
+    config = AugmentationConfig(encoder.config.image_size)
+    found = measure_equivariance(encoder, images, config, families=("color", "hue"))
+    return {f"{family} {name}": round(found[family][name][0], 4) for family in found for name in MEASURES}
 
 
 def run(arm: Arm, folder: Path, splits: tuple[Images, Images], options: dict[str, Any]) -> dict[str, float]:
@@ -147,8 +139,8 @@ def run(arm: Arm, folder: Path, splits: tuple[Images, Images], options: dict[str
     encoder = Encoder.from_pretrained(folder)
     probe = EvalConfig(encoder=str(folder), dataset_name="cifar10")
     (head,) = linear_probe(encoder, *labeled("cifar10", *splits), inference_accelerator(), probe)
-    pixels = splits[1].take(torch.arange(FITTED + MEASURED)).pixels
-    return results | {"probe": head.metrics["top1"]} | same_image(encoder, pixels)
+    pixels = splits[1].take(torch.arange(IMAGES)).pixels
+    return results | {"probe": head.metrics["top1"]} | steering(encoder, pixels)
 
 
 def cell(values: list[float]) -> str:
