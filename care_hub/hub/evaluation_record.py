@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ..config import check_type
 from ..files import file_errors, own_file, read_header, write_text
+from ..schema import check_type
 from .export import READ_ERRORS, folder_lock, read_json, sha256
 
 logger = logging.getLogger(__name__)

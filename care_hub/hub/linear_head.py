@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import check_type
 from ..errors import CareHubError
 from ..files import make_folder, own_file, read_header, read_tensors, write_tensors, write_text
+from ..schema import check_type
 from .evaluation_record import Metrics
 from .export import READ_ERRORS, folder_lock, read_config, sha256
 

@@ -15,10 +15,10 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from ..config import check_type
 from ..errors import CareHubError
 from ..files import file_errors, make_folder, read_tensors, write_tensors
 from ..hub.export import READ_ERRORS, sha256
+from ..schema import check_type
 
 logger = logging.getLogger(__name__)
 Tensors = dict[str, Tensor]
