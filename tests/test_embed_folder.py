@@ -118,6 +118,7 @@ def test_a_killed_command_resumes(tiny_run, many, tmp_path):
     np.testing.assert_allclose(z[fresh], expected[fresh], atol=1e-5)
 
 
+@pytest.mark.launches
 def test_memory_does_not_grow_with_the_embeddings(tiny_run, many, tmp_path, monkeypatch):
     """One part at a time is in memory, on the way out too."""
     monkeypatch.setattr(embed_folder, "PART", 64)

@@ -14,6 +14,7 @@ from care_hub.evaluate.features import labeled
 from care_hub.evaluate.finetune import finetune
 
 
+@pytest.mark.launches
 def test_fine_tuning_is_repeatable_and_leaves_encoder_and_random_numbers_alone(tiny_run, photos):
     encoder, accelerator = Encoder.from_pretrained(tiny_run), Accelerator(cpu=True)
     data = DataConfig("imagefolder", data_root=str(photos))
@@ -34,6 +35,7 @@ def test_fine_tuning_is_repeatable_and_leaves_encoder_and_random_numbers_alone(t
     assert torch.equal(again[1].weight, heads[1].weight)
 
 
+@pytest.mark.launches
 def test_fine_tuning_accumulates_as_accelerate_was_told(tiny_run, photos, monkeypatch, caplog):
     encoder = Encoder.from_pretrained(tiny_run)
     data = DataConfig("imagefolder", data_root=str(photos))
