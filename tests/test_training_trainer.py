@@ -147,6 +147,7 @@ def test_a_network_with_dropout_is_resumed_to_the_bit_where_lambda_starts(photos
         assert (tmp_path / path).read_bytes() == (tmp_path / "again" / path).read_bytes()
 
 
+@pytest.mark.launches
 def test_a_network_with_infinite_constants_is_trained_saved_and_resumed(photos, tmp_path, monkeypatch):
     def with_constant(*arguments):
         backbone = build_backbone(*arguments)
@@ -190,6 +191,7 @@ def photos_at_32(photos) -> tuple:
     return ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32")
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize(
     "more",
     [(), ("--method", "moco", "--optimizer", "adamw"), ("--steering-head",)],
