@@ -209,6 +209,9 @@ def test_the_augmentation_is_the_one_of_training(tiny_run):
     assert (found.blur, found.grayscale) == (options.blur, options.grayscale)
     assert found.blur_kernel_size == options.blur_kernel_size
     assert recorded_augmentation(replace(config, training={})) == AugmentationConfig(32)
+    assert recorded_augmentation(replace(config, training=config.training | {"flip": 0.0})).flip == 0
+    before = {name: value for name, value in config.training.items() if name != "flip"}  # of version 0.1.0
+    assert recorded_augmentation(replace(config, training=before)).flip == 0.5
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def recorded_augmentation(config: EncoderConfig) -> AugmentationConfig:
         return AugmentationConfig(
             size,
             scale=(low, 1.0),
+            flip=float(options.get("flip", 0.5)),  # which was no option in version 0.1.0
             jitter=(brightness, contrast, saturation, hue),
             jitter_p=float(options["jitter_p"]),
             grayscale=float(options["grayscale"]),
