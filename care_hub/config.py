@@ -116,7 +116,7 @@ class TrainConfig(DataConfig):
     projection_norm: bool = _model(True, "BatchNorm in the projection head")
 
     method: str = _method("simclr", "simclr or moco", ("simclr", "moco"))
-    weight: float = _method(1.5, "lambda, the weight of the equivariance loss; 0 = the plain method")
+    weight: float = _method(4.0, "lambda, the weight of the equivariance loss; 0 = the plain method")
     weight_start_epochs: float | None = _method(
         None,
         "epochs before which lambda is 0 and a step costs what the plain method's does (default: four fifths "
@@ -150,7 +150,7 @@ class TrainConfig(DataConfig):
         False, "InfoNCE on a head of its own, which may ignore the augmentation; the exported one rotates"
     )
     steering_uniformity: float = _method(
-        0.33,
+        0.1,
         "of a steering head: how much its embeddings spread, views of one image too, relative to --weight",
     )
     steering_temperature: float = _method(0.2, "temperature of --steering-uniformity")
@@ -184,7 +184,7 @@ class TrainConfig(DataConfig):
     equivariance_blur: float | None = _augment(None, "of the equivariance views, if not --blur")
     equivariance_flip: float | None = _augment(None, "of the equivariance views, if not --flip")
 
-    epochs: int = _optim(12, "passes over the training images")
+    epochs: int = _optim(20, "passes over the training images")
     batch_size: int = _optim(64, "images per micro-batch over all processes together")
     gradient_accumulation: int = _optim(
         None,

@@ -6,7 +6,7 @@
 Trains recipes/cifar10_small.yaml, but for the options of each arm, on four fifths of the training images;
 kNN, linear probe and the same-image retrieval of colors are measured on the other fifth. An arm and seed
 that is in the JSON is not repeated. Prints means over the seeds as a Markdown table. What was found is
-recorded in results/tried/cifar10_steering.json.
+recorded in results/tried/cifar10_steering.json (runs on a GPU without their probe, which was faulty then).
 """
 
 import json
@@ -101,6 +101,11 @@ VIEWS: dict[str, Any] = {
     "equivariance_blur": 0.0,
     "equivariance_flip": 0.0,
 }
+FIRST = {  # of what was tried, before the recipe was what came of it
+    "steering_head": False,
+    "projection_hidden": 512,
+    "equiv_splits": 4,
+}
 ONE_HEAD = VIEWS | {"weight": 1.5, "weight_warmup_epochs": 1}
 C = ONE_HEAD | {"steering_head": True, "steering_uniformity": 1 / 3, "steering_temperature": 0.2}
 ALL_IMAGES: dict[str, Any] = {"equivariant_batch_size": None, "equiv_splits": 8}
@@ -108,6 +113,7 @@ WEAK = {"jitter": (0.1, 0.1, 0.1, 0.02), "grayscale": 0.0}
 MEDIUM = {"jitter": (0.2, 0.2, 0.2, 0.05), "grayscale": 0.1}
 HUE = {"equivariance_jitter": (0.2, 0.2, 0.2, 0.5)}
 T = C | {"steering_temperature": 0.1}
+NO_COLOR = {"jitter_p": 0.0, "grayscale": 0.0}
 WIDE = {"projection_hidden": 1024}
 ARMS = {
     "twin": Arm({"weight": 0.0}),
@@ -175,6 +181,10 @@ ARMS = {
         ONE_HEAD | WEAK | ALL_IMAGES | WIDE | {"equiv_splits": 2}
     ),
     "t, weak contrastive color, 2 groups of 16, heads 1024-128": Arm(T | WEAK | WIDE | {"equiv_splits": 2}),
+    "t, no contrastive color, 2 groups of 16, heads 1024-128": Arm(T | NO_COLOR | WIDE | {"equiv_splits": 2}),
+    "t, no contrastive color, all images, 4 groups of 16, heads 1024-128": Arm(
+        T | NO_COLOR | WIDE | ALL_IMAGES | {"equiv_splits": 4}
+    ),
     "A, hue first": Arm(ONE_HEAD | WEAK | HUE),
     "A, weight 4": Arm(ONE_HEAD | WEAK | {"weight": 4.0}),
     "A, all images": Arm(ONE_HEAD | WEAK | ALL_IMAGES),
@@ -194,7 +204,7 @@ def steering(encoder: Encoder, images: Tensor) -> dict[str, float]:
 def run(arm: Arm, folder: Path, splits: tuple[Images, Images], options: dict[str, Any]) -> dict[str, float]:
     """Train and measure one arm; a training that was killed goes on."""
     place = {"save_root": str(folder.parent), "run_name": folder.name, "resume": "auto", "knn_every": 0}
-    config = TrainConfig(**read_yaml(RECIPE) | arm.options | options | place)
+    config = TrainConfig(**read_yaml(RECIPE) | FIRST | arm.options | options | place)
     if arm.shared:
         config.views = "shared"  # which TrainConfig refuses
     with patch.multiple(trainer, load_splits=lambda *_, **__: splits, SimCLR=arm.method):
@@ -207,7 +217,9 @@ def run(arm: Arm, folder: Path, splits: tuple[Images, Images], options: dict[str
     return results | {"probe": head.metrics["top1"]} | steering(encoder, pixels)
 
 
-def cell(values: list[float]) -> str:
+def cell(values: list[float | None]) -> str:
+    if None in values:
+        return "–"
     mean = f"{statistics.mean(values):.3g}"
     return f"{mean} ± {statistics.stdev(values):.2g}" if len(values) > 1 else mean
 
@@ -234,7 +246,9 @@ def main(data_root: str, only: tuple[str, ...], seeds: tuple[int, ...], epochs: 
     click.echo("| | " + " | ".join(COLUMNS.values()) + " |\n" + "|---" * (1 + len(COLUMNS)) + "|")
     for name in only or ARMS:
         rows = [found[f"{name}, {epochs} epochs, seed {seed}"] for seed in seeds]
-        click.echo(f"| {name} | " + " | ".join(cell([row[key] for row in rows]) for key in COLUMNS) + " |")
+        click.echo(
+            f"| {name} | " + " | ".join(cell([row.get(key) for row in rows]) for key in COLUMNS) + " |"
+        )
 
 
 if __name__ == "__main__":
