@@ -21,7 +21,7 @@ from care_hub.metrics import SAME_IMAGE_VIEWS
 from care_hub.report.figures import COLORS, GRID, INK, STYLE
 
 RECOGNITION, STEERING = "label_probe", "color_same_image_hit_at_1"
-BESIDE = [(x, y) for y in (1, -1) for x in (1, 0, -1)]  # where the name of a point may stand
+BESIDE = [(x, y) for y in (1, 0, -1) for x in (1, -1, 0) if x or y]  # where the name of a point may stand
 POINTS = 7  # from there to the name
 
 
@@ -33,7 +33,7 @@ def mean_and_deviation(runs: list[dict[str, float]], name: str) -> tuple[float, 
 def write_name(axes: Axes, name: str, x: float, y: float, color: str, taken: list[Bbox]) -> None:
     """Beside the point, at the first place that is inside the axes and not `taken`; it is then."""
     for right, up in BESIDE:
-        place = {"ha": ("center", "left", "right")[right], "va": "bottom" if up > 0 else "top"}
+        place = {"ha": ("center", "left", "right")[right], "va": ("center", "bottom", "top")[up]}
         text = axes.annotate(name, (x, y), (right * POINTS, up * POINTS), textcoords="offset points", **place)
         text.set(color=color, fontsize=9, fontweight="bold")
         box = text.get_window_extent()
@@ -51,9 +51,9 @@ def write_name(axes: Axes, name: str, x: float, y: float, color: str, taken: lis
 def main(results: str, output: str) -> None:
     arms = json.loads(Path(results).read_text(encoding="utf-8"))["arms"]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.2), dpi=140)
+        figure = Figure(figsize=(7.2, 4.4), dpi=140)
         FigureCanvasAgg(figure)
-        axes = figure.add_axes((0.11, 0.12, 0.87, 0.86))
+        axes = figure.add_axes((0.13, 0.12, 0.85, 0.86))
         points = {}
         for (title, runs), color in zip(arms.items(), COLORS, strict=False):
             (x, dx), (y, dy) = (mean_and_deviation(runs, name) for name in (RECOGNITION, STEERING))
