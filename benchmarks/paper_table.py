@@ -6,7 +6,7 @@ and all tables in docs/results.md.
     python benchmarks/paper_table.py --recipe shapes --arm late --arm plain  # a part, beside another process
 
 Trains and evaluates every arm of a recipe, with every seed; resumes where it was interrupted, since nothing
-that is recorded is done again. An arm is the recipe but for its flags. All arms are measured under the same
+that is recorded is done again. An arm is the recipe but for its options. All arms are measured under the same
 augmentations, whatever they were trained with: changes of color, and the recipe's own as a whole. The table
 shows all that is there, also what other processes have measured.
 """
@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from care_hub import cli
 from care_hub.augment import AugmentationConfig
-from care_hub.config import TrainConfig
+from care_hub.config import AUGMENTATION, TrainConfig, read_yaml, to_yaml
 from care_hub.data.images import Images
 from care_hub.data.sources import load_splits
 from care_hub.encoder import Encoder
@@ -37,7 +37,7 @@ from care_hub.evaluate.commands import PROBE_IMAGES
 from care_hub.evaluate.equivariance import augmentations, measure_equivariance
 from care_hub.evaluate.features import embed_view, random_subset
 from care_hub.factory import load_encoder
-from care_hub.files import write_text
+from care_hub.files import make_folder, write_text
 from care_hub.hub.evaluation_record import read_record
 from care_hub.rotation import Rotation
 from care_hub.schedule import Plan
@@ -52,74 +52,54 @@ COMPOSED = 8  # pairs of changes of color
 
 @dataclass(frozen=True)
 class Arm:
-    """One column of the table: a recipe but for some options."""
+    """One column of the table."""
 
     title: str
-    flags: str = ""  # of train.py
-    as_long_as: str = ""  # the arm that costs as many steps of λ = 0; its price gives the epochs
+    options: dict[str, Any] = field(default_factory=dict)  # beside those of the recipe
+    as_long_as: str = ""  # the arm whose price in steps of λ = 0 gives the epochs
 
 
-# Strong changes of color and nothing else: what embeddings shall turn by.
-COLORS = (
-    "--equivariance-jitter 0.4 0.4 0.4 0.5 --equivariance-jitter-p 1 --equivariance-crop false "
-    "--equivariance-grayscale 0 --equivariance-blur 0 --equivariance-flip 0 "
-)
-ARMS: dict[str, dict[str, Arm]] = {
+LATE: dict[str, Any] = {"weight_start_epochs": None, "weight_warmup_epochs": None}  # by default
+ONE_HEAD: dict[str, Any] = {"steering_head": False, "equivariant_batch_size": None, "equiv_splits": 8}
+WEAK: dict[str, Any] = {"jitter": (0.1, 0.1, 0.1, 0.02), "grayscale": 0.0}  # colors to ignore
+SAME: dict[str, Any] = {f"equivariance_{name}": None for name in AUGMENTATION} | {"equivariance_crop": True}
+STEERING = {"steering_head": True, "steering_uniformity": 0.1, "weight": 4.0}
+ARMS = {
     "shapes": {
         "care": Arm(
             "CARE from the start",
-            "--weight 1.5 --weight-start-epochs 0 --weight-warmup-epochs 12 --epochs 12",
+            {"weight": 1.5, "weight_start_epochs": 0, "weight_warmup_epochs": 12, "epochs": 12},
         ),
-        "late": Arm("CARE late", "--weight 2.5 --epochs 20"),
+        "late": Arm("CARE late", LATE | {"weight": 4.0, "epochs": 20}),
         "steering-head": Arm(
             "CARE with a steering head",
-            "--steering-head --weight 4 --steering-uniformity 0.1 "
-            "--weight-start-epochs 16 --weight-warmup-epochs 1 --epochs 20",
+            STEERING | {"weight_start_epochs": 16, "weight_warmup_epochs": 1, "epochs": 20},
         ),
-        "plain": Arm("λ = 0", "--weight 0 --epochs 12"),
-        "longer": Arm("λ = 0, as long", "--weight 0", as_long_as="steering-head"),
+        "plain": Arm("λ = 0", {"weight": 0.0, "epochs": 12}),
+        "longer": Arm("λ = 0, as long", {"weight": 0.0}, as_long_as="steering-head"),
     },
     "cifar10_small": {
-        "steering-head": Arm(
-            "steering head",
-            COLORS + "--steering-head --weight 0.5 --weight-start-epochs 0 --weight-warmup-epochs 1 "
-            "--steering-temperature 0.1 --projection-hidden 1024 --equiv-splits 2 --epochs 5",
-        ),
-        "steering-first": Arm(
-            "steering first",
-            COLORS + "--weight 1.5 --jitter 0.1 0.1 0.1 0.02 --grayscale 0 "
-            "--equivariant-batch-size 64 --equiv-splits 8 --epochs 5",
-        ),
-        "late": Arm(
-            "CARE late", "--weight 1.5 --weight-start-epochs 4 --weight-warmup-epochs 0.25 --epochs 5"
-        ),
-        "plain": Arm("λ = 0", "--weight 0 --epochs 5"),
-        "longer": Arm("λ = 0, as long", "--weight 0", as_long_as="steering-head"),
+        "steering-head": Arm("steering head"),
+        "steering-first": Arm("steering first", ONE_HEAD | WEAK | {"weight": 1.5}),
+        "late": Arm("CARE late", ONE_HEAD | SAME | LATE | {"weight": 1.5}),
+        "plain": Arm("λ = 0", {"weight": 0.0}),
+        "longer": Arm("λ = 0, as long", {"weight": 0.0}, as_long_as="steering-head"),
     },
 }
 OTHERS = {  # of any other recipe
     "care": Arm("CARE"),
-    "plain": Arm("λ = 0", "--weight 0"),
-    "longer": Arm("λ = 0, as long", "--weight 0", as_long_as="care"),
+    "plain": Arm("λ = 0", {"weight": 0.0}),
+    "longer": Arm("λ = 0, as long", {"weight": 0.0}, as_long_as="care"),
 }
 
 
-def config_of(words: list[str]) -> TrainConfig:
-    """The options that train.py has, given `words`. Raises CareHubError, also if they change a run."""
-    context = cli.train.make_context("train.py", list(words))
-    default = click.core.ParameterSource.DEFAULT
-    given = {k: v for k, v in context.params.items() if context.get_parameter_source(k) != default}
-    return cli.resolve(given, given.pop("config_file"))
-
-
-def words_of(arm: Arm, arms: Mapping[str, Arm], recipe: list[str], images: int) -> list[str]:
-    """The options of an arm as words behind train.py, `recipe` among them, for so many training images."""
-    words = [*recipe, *arm.flags.split()]
-    if arm.as_long_as:
-        other = config_of(words_of(arms[arm.as_long_as], arms, recipe, images))
-        plan = Plan.of(other, images)
-        words += ["--epochs", str(math.ceil(round(plan.price(other) / plan.steps_per_epoch, 2)))]
-    return words
+def options_of(arm: Arm, arms: Mapping[str, Arm], recipe: str, images: int) -> dict[str, Any]:
+    """The options of an arm, its epochs among them if they follow from another arm's, for so many images."""
+    if not arm.as_long_as:
+        return arm.options
+    other = cli.resolve(options_of(arms[arm.as_long_as], arms, recipe, images), recipe)
+    plan = Plan.of(other, images)
+    return arm.options | {"epochs": math.ceil(round(plan.price(other) / plan.steps_per_epoch, 2))}
 
 
 def run_command(*words: object) -> None:
@@ -128,12 +108,14 @@ def run_command(*words: object) -> None:
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def train(run: Path, words: list[str]) -> None:
+def train(run: Path, options: dict[str, Any], recipe: str) -> None:
     """Train `run`, or resume it, unless it is finished. Raises CareHubError if it had other options."""
-    words = [*words, "--save-root", str(run.parent), "--run-name", run.name, "--resume", "auto"]
-    config_of(words)
+    place = {"save_root": str(run.parent), "run_name": run.name, "resume": "auto"}
+    config, file = cli.resolve(options | place, recipe), run.parent / f"{run.name}.yaml"
     if not (run / "results.json").is_file():
-        run_command(ROOT / "train.py", *words)
+        make_folder(run.parent)
+        write_text(file, to_yaml(config))
+        run_command(ROOT / "train.py", "--config", file, "--resume", "auto")
 
 
 def measure_accuracy(run: Path, dataset: str, data: list[str]) -> dict[str, Any]:
@@ -176,7 +158,7 @@ def measure(
     if (run / "figures.json").is_file():
         return
     accuracy, results = measure_accuracy(run, dataset, data), json.loads((run / "results.json").read_text())
-    config = config_of(["--config", str(run / "config.yaml")])
+    config = TrainConfig(**read_yaml(run / "config.yaml"))
     figures = {
         "label_probe": accuracy["linear probe"]["top1"],
         "label_knn": accuracy["kNN"]["top1"],
@@ -214,24 +196,23 @@ def main(
     arms = ARMS.get(recipe, OTHERS)
     if unknown := {*chosen} - {*arms}:
         raise click.ClickException(f"there is no arm '{min(unknown)}'; the arms are {', '.join(arms)}.")
-    data = ["--data-root", str(Path(data_root).absolute())] if data_root else []
-    words = ["--config", str(ROOT / "recipes" / f"{recipe}.yaml"), *data]
-    config = config_of(words)
+    data_root = str(Path(data_root).absolute()) if data_root else None
+    data = ["--data-root", data_root] if data_root else []
+    file = str(ROOT / "recipes" / f"{recipe}.yaml")
+    config = cli.resolve({"data_root": data_root}, file)
     splits, augmentation = load_splits(config, config.image_size), training_augmentation(config)
     measured: Arms = {}
     for name, arm in arms.items():
-        own = words_of(arm, arms, words, len(splits[0]))
+        options = options_of(arm, arms, file, len(splits[0])) | {"data_root": config.data_root}
         runs = {seed: Path(root).absolute() / f"{recipe}-{name}-{seed}" for seed in seeds}
         if not chosen or name in chosen:
             for seed, run in runs.items():
-                train(run, [*own, "--seed", str(seed)])
+                train(run, options | {"seed": seed}, file)
                 measure(run, splits, augmentation, config.dataset_name, data)
         files = [run / "figures.json" for run in runs.values()]
         if found := [json.loads(file.read_text()) for file in files if file.is_file()]:
-            shown = [
-                {row.name: figures[row.name] for row in ROWS if row.name in figures} for figures in found
-            ]
-            measured[f"{arm.title}, {config_of(own).epochs} epochs"] = shown
+            rows = [{row.name: run[row.name] for row in ROWS if row.name in run} for run in found]
+            measured[f"{arm.title}, {cli.resolve(options, file).epochs} epochs"] = rows
     settings = f"{config.model}, batch {config.batch_size}, {hardware()}, precision {precision('auto')}"
     click.echo(write_results(recipe, recipe, settings, measured))
 

@@ -32,7 +32,9 @@ class Plan:
         stop = min(steps, config.max_steps or steps)
         warmup = round(config.warmup_epochs * per_epoch)
         start, growth = (round(epochs * per_epoch) for epochs in config.weight_epochs)
-        return cls(per_epoch, steps, stop, warmup, min(start, steps - 1), 0 if config.steers_alone else growth)
+        return cls(
+            per_epoch, steps, stop, warmup, min(start, steps - 1), 0 if config.steers_alone else growth
+        )
 
     def price(self, config: TrainConfig, since: int = 0) -> float:
         """What the run costs from step `since` on, in steps of the plain method.

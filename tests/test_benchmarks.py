@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import ROOT
 
+from care_hub import cli
 from care_hub.schedule import Plan
 
 IMAGES = {"shapes": 5000, "cifar10_small": 50000, "shapes_moco": 5000}
@@ -20,9 +21,9 @@ def benchmark_module(monkeypatch):
 
 def arms_and_configs(paper_table: ModuleType, recipe: str):
     arms = paper_table.ARMS.get(recipe, paper_table.OTHERS)
-    words = ["--config", str(ROOT / "recipes" / f"{recipe}.yaml")]
-    options = {name: paper_table.words_of(arm, arms, words, IMAGES[recipe]) for name, arm in arms.items()}
-    return arms, {name: paper_table.config_of(words) for name, words in options.items()}
+    file = str(ROOT / "recipes" / f"{recipe}.yaml")
+    options = {name: paper_table.options_of(arm, arms, file, IMAGES[recipe]) for name, arm in arms.items()}
+    return arms, {name: cli.resolve(given, file) for name, given in options.items()}
 
 
 @pytest.mark.parametrize("recipe", IMAGES)
