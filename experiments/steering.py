@@ -185,6 +185,9 @@ ARMS = {
     "t, no contrastive color, all images, 4 groups of 16, heads 1024-128": Arm(
         T | NO_COLOR | WIDE | ALL_IMAGES | {"equiv_splits": 4}
     ),
+    "t, no contrastive color, hue first, all images, 4 groups of 16, heads 1024-128": Arm(
+        T | NO_COLOR | HUE | WIDE | ALL_IMAGES | {"equiv_splits": 4}
+    ),
     "A, hue first": Arm(ONE_HEAD | WEAK | HUE),
     "A, weight 4": Arm(ONE_HEAD | WEAK | {"weight": 4.0}),
     "A, all images": Arm(ONE_HEAD | WEAK | ALL_IMAGES),
