@@ -277,6 +277,8 @@ def crop(x: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
             [0.6000, 0.4000]])
     """
     if x.shape[2:] == (size, size) and (box == torch.tensor([0, 0, size, size])).all():
+        if not flip.any():
+            return x
         mirrored = _beside(x, flip)[:, None, None, None]
         return torch.where(mirrored, x.flip(3), x)
     top, left, height, width = box.T[..., None]
@@ -314,10 +316,13 @@ def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
             [0.5000, 0.5000, 0.5000]])
     """
     x, factors = x.clone(), factors.to(x.dtype)
+    operations = ((_brightness, 1), (_contrast, 1), (_saturation, 1), (_hue, 0))
     for turn in order.T:
-        for k, operation in enumerate((_brightness, _contrast, _saturation, _hue)):
-            index = (turn == k).nonzero()[:, 0]
-            if len(index):
+        for k, (operation, neutral) in enumerate(operations):
+            index = ((turn == k) & (factors[:, k] != neutral)).nonzero()[:, 0]
+            if len(index) == len(x):  # all of them: no copies
+                x = operation(x, _beside(x, factors[:, k]).view(-1, 1, 1, 1))
+            elif len(index):
                 factor = _beside(x, factors[index, k]).view(-1, 1, 1, 1)
                 index = _beside(x, index)
                 x.index_copy_(0, index, operation(x.index_select(0, index), factor))
@@ -371,6 +376,8 @@ def grayscale(x: Tensor, which: Tensor) -> Tensor:
     tensor([[0.5870, 0.5870, 0.5870],
             [0.0000, 1.0000, 0.0000]])
     """
+    if not which.any():
+        return x
     index = _beside(x, which.nonzero()[:, 0])
     return x.index_copy(0, index, luma(x[index]).expand(-1, 3, -1, -1))
 

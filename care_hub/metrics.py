@@ -74,24 +74,34 @@ def gram_deviation(z: Tensor, z_a: Tensor) -> Tensor:
     tensor([[0., 1.],
             [1., 0.]])
     """
+    return gram_change(z, z_a).square()
+
+
+def gram_change(z: Tensor, z_a: Tensor) -> Tensor:
+    """(N, N): f(ax).f(ax') - f(x).f(x').
+
+    >>> gram_change(torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    tensor([[0., 1.],
+            [1., 0.]])
+    """
     _check_alike(z, z_a)
-    return (z_a @ z_a.T - z @ z.T).square()
+    return z_a @ z_a.T - z @ z.T
 
 
-def relative_equivariance(z: Tensor, z_a: Tensor) -> Tensor:
+def relative_equivariance(z: Tensor, z_a: Tensor, change: Tensor | None = None) -> Tensor:
     """(N, N): the terms of gamma, the relative rotational equivariance (lower is better),
     (|f(ax') - f(ax)|^2 - |f(x') - f(x)|^2)^2 / (|f(ax') - f(x')|^2 + |f(ax) - f(x)|^2)^2.
 
     It says how much distances change, relative to how much the embeddings move; 0 where nothing
-    moves. Source: Gupta et al. 2024, section 4.2.
+    moves. `change`: their `gram_change`, where it is known. Source: Gupta et al. 2024, section 4.2.
 
     >>> relative_equivariance(torch.eye(2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))  # a rotation
     tensor([[0., 0.],
             [0., 0.]])
     """
-    moved = invariance(z, z_a)
-    changed = (squared_distances(z_a) - squared_distances(z)).square()
-    return changed / (moved[:, None] + moved).square().clamp(min=TINY)
+    moved, longer = invariance(z, z_a), z_a.square().sum(dim=1) - z.square().sum(dim=1)
+    changed = longer[:, None] + longer - 2 * (gram_change(z, z_a) if change is None else change)
+    return changed.square() / (moved[:, None] + moved).square().clamp(min=TINY)
 
 
 def squared_distances(z: Tensor) -> Tensor:

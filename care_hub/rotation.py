@@ -58,14 +58,15 @@ def procrustes(z: Tensor, z_t: Tensor, special: bool = False) -> Tensor:
 
 
 def least_squares(z: Tensor, z_t: Tensor) -> Tensor:
-    """The linear map W (d, d) that minimizes sum_i |z_t_i - W z_i|^2 + a little |W|^2, for (N, d).
+    """The linear map W (d, d) that minimizes sum_i |z_t_i - W z_i|^2 + a little |W|^2, for `z` (N, d).
 
-    What an orthogonal map is compared with, as nothing but linear is asked of it. In float64.
+    `z_t`: (N, d), or (..., N, d) for many maps of the same `z`. What an orthogonal map is compared
+    with, as nothing but linear is asked of it. In float64.
     """
     before, after = z.double(), z_t.double()
     gram = before.T @ before
     gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp(min=RIDGE))
-    return linalg.solve(gram, before.T @ after).T
+    return linalg.solve(gram, before.T @ after).mT
 
 
 class Rotation:

@@ -50,6 +50,14 @@ def test_each_color_operation_equals_torchvision(column):
         assert_near(y[k], COLOR_OPERATIONS[column](x[k], values[k].item()))
 
 
+def test_a_shared_jitter_is_that_of_each_image_and_neutral_factors_change_nothing():
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    factors, order = torch.tensor([[1.3, 0.7, 1.2, 0.1], [1, 1, 1, 0]]), torch.tensor([[2, 0, 3, 1]])
+    shared = augment.jitter(x, factors[:1].expand(4, 4), order.expand(4, 4))
+    both = augment.jitter(x.repeat(2, 1, 1, 1), factors.repeat_interleave(4, dim=0), order.expand(8, 4))
+    assert torch.equal(both, torch.cat([shared, x])) and not torch.allclose(shared, x, atol=0.1)
+
+
 def test_jitter_applies_the_operations_in_each_images_own_order():
     x, params = images(24), augment.sample(AugmentationConfig(), 24, 32, 32, seeded_generator(2))
     y = augment.jitter(x, params.factors, params.order)

@@ -24,13 +24,13 @@ def test_probes_find_what_is_there_and_nothing_else():
     told = torch.cat([x, 3 * y + 0.1 * torch.randn(600, 1, generator=g)], dim=1)
     assert probe_numbers(told[:400], y[:400], told[400:], y[400:]) > 0.99
     assert probe_numbers(x[:400], y[:400], x[400:], y[400:]) < 0.05
-    weight, bias = fit_ridge(told, y, 1e-9)
+    weight, bias = (values[0] for values in fit_ridge(told, y, [1e-9]))
     columns = torch.cat([told, torch.ones(600, 1)], dim=1).double()
     exact = torch.linalg.lstsq(columns, y.double()).solution.T
     torch.testing.assert_close(torch.cat([weight, bias[:, None]], dim=1), exact, rtol=1e-4, atol=1e-6)
     wide = torch.cat([x[:20], torch.zeros(20, 30)], dim=1)  # more features than images
-    weight, _ = fit_ridge(wide, y[:20], 0.1)
-    torch.testing.assert_close(weight[:, :10], fit_ridge(x[:20], y[:20], 0.1)[0])
+    weights, _ = fit_ridge(wide, y[:20], [0.1, 10])
+    torch.testing.assert_close(weights[..., :10], fit_ridge(x[:20], y[:20], [0.1, 10])[0])
 
 
 def test_colors_of_images_are_read_from_colors():

@@ -7,7 +7,7 @@ from helpers import care_hub_command
 
 import care_hub
 from care_hub.errors import CareHubError
-from care_hub.rotation import Rotation
+from care_hub.rotation import Rotation, least_squares
 
 
 def sphere(n, d, seed=0):
@@ -36,6 +36,13 @@ def test_fitting_is_the_best_of_all_rotations():
     assert torch.linalg.det(proper.matrix) > 0 and proper.residual(z, z_t) >= best - 1e-12
     for seed in range(200):
         assert Rotation.random(4, seed).residual(z, z_t) >= proper.residual(z, z_t) - 1e-9
+
+
+def test_linear_maps_are_found_one_by_one_or_many_at_once():
+    z, maps = sphere(50, 4), torch.stack([sphere(4, 4, seed) for seed in (1, 2, 3)])
+    found = least_squares(z, z @ maps.mT)
+    torch.testing.assert_close(found, maps, atol=0.01, rtol=0)
+    torch.testing.assert_close(found[2], least_squares(z, z @ maps[2].T))
 
 
 def test_what_goes_in_comes_out():

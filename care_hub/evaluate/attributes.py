@@ -1,5 +1,7 @@
 """Attribute probes: how well a linear map reads from embeddings what augmentations change."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,20 +46,20 @@ def _pixel_statistics(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-def fit_ridge(features: Tensor, numbers: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """(weight (k, d), bias (k,)) that minimize the mean squared error + penalty * |weight|^2.
+def fit_ridge(features: Tensor, numbers: Tensor, penalties: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """(weights (P, k, d), biases (P, k)) that minimize the mean squared error + penalty * |weight|^2.
 
-    Over standardized `features` (N, d), for `numbers` (N, k); by the normal equations, or where
-    there are more features than images by those of its dual, in float64.
+    For each of P `penalties`, over standardized `features` (N, d), for `numbers` (N, k); by the
+    normal equations, or where there are more features than images by those of its dual, in float64.
     """
     x, y = features.double(), numbers.double()
     mean, std = x.mean(dim=0), x.std(dim=0).nan_to_num(1).clamp(min=1e-6)
     x = (x - mean) / std
     wide, centered = x.shape[1] > len(x), (y - y.mean(dim=0)) / len(x)
     gram = (x @ x.T if wide else x.T @ x) / len(x)
-    gram.diagonal().add_(penalty)
-    solution = x.T @ torch.linalg.solve(gram, centered) if wide else torch.linalg.solve(gram, x.T @ centered)
-    weight = solution.T / std
+    right, eye = centered if wide else x.T @ centered, torch.eye(len(gram)).to(gram)
+    solution = torch.stack([torch.linalg.solve(gram + penalty * eye, right) for penalty in penalties])
+    weight = (x.T @ solution if wide else solution).mT / std
     return weight, y.mean(dim=0) - weight @ mean
 
 
@@ -68,14 +70,13 @@ def predict_numbers(train: Tensor, numbers: Tensor, test: Tensor, seed: int = 0)
     """
     rest, held_out = validation_split(len(train), seed)
 
-    def predicted(rows: Tensor, asked: Tensor, penalty: float) -> Tensor:
-        weight, bias = fit_ridge(train[rows], numbers[rows], penalty)
-        return asked.double() @ weight.T + bias
+    def predicted(rows: Tensor, asked: Tensor, penalties: Sequence[float]) -> Tensor:
+        weights, biases = fit_ridge(train[rows], numbers[rows], penalties)
+        return asked.double() @ weights.mT + biases[:, None]
 
-    def r2(penalty: float) -> float:
-        return r_squared(predicted(rest, train[held_out], penalty), numbers[held_out].double())
-
-    return predicted(torch.arange(len(train)), test, max(PENALTIES, key=r2))
+    guesses, truth = predicted(rest, train[held_out], PENALTIES), numbers[held_out].double()
+    r2 = {penalty: r_squared(guess, truth) for penalty, guess in zip(PENALTIES, guesses, strict=True)}
+    return predicted(torch.arange(len(train)), test, [max(r2, key=r2.__getitem__)])[0]
 
 
 def probe_numbers(train: Tensor, numbers: Tensor, test: Tensor, truth: Tensor, seed: int = 0) -> float:

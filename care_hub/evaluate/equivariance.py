@@ -152,8 +152,9 @@ def _view_metrics(z: Tensor, view: Tensor, r: Tensor, mean: Mean) -> Row:
     for name, fitted in (("rotation", r), ("special_rotation", proper)):
         error = found[f"{name}_error"] = mean(metrics.residual(before, after, fitted))
         found[f"{name}_invariance_ratio"] = error, moved
-    found["gamma"] = mean(metrics.relative_equivariance(before, after))
-    found["gram_deviation"] = mean(metrics.gram_deviation(before, after))
+    change = metrics.gram_change(before, after)
+    found["gamma"] = mean(metrics.relative_equivariance(before, after, change))
+    found["gram_deviation"] = mean(change.square())
     found["variance"] = mean(metrics.variance(after))
     return found
 
@@ -222,7 +223,7 @@ def _map_metrics(
     first M images of the second half, in the order of the augmentations.
     """
     half = len(z) // 2
-    linear = z @ torch.stack([least_squares(z[:half], view[:half]) for view in views]).to(z).mT
+    linear = z @ least_squares(z[:half], views[:, :half]).to(z).mT
     g = fit_mlp(linear[:, :half], views[:, :half], parameters, seed)
     linear, after, before = linear[:, half:], views[:, half:], z[half:]
     maps = {"": before @ r.mT, "_unrotated": before.expand_as(after), "_linear": linear}
@@ -266,7 +267,7 @@ class _Images:
         """
         parts = []
         for rows in torch.arange(len(index)).split(CHUNK):
-            x = self.pixels[index[rows]].to(self.encoder.device).float() / 255
+            x = self.pixels[index[rows]].to(self.encoder.device).float().div_(255)
             for step in steps:
                 x = step.rows(rows)(x)
             seen = embed_spaces(self.encoder, x)
@@ -302,6 +303,8 @@ def measure_equivariance(
     one before it, for every sixteenth one. Ratios are those of the means over all draws; a ratio to
     a motion of nothing (flipping twice) is NaN.
     """
+    # A large block that glibc has freed makes it keep others: else each pass asks the system for its memory.
+    torch.empty(7 << 20)
     shown = _Images(encoder, images, space or ("backbone" if encoder.projection is None else "projection"))
     everything = torch.arange(len(images))
     asked = everything[len(images) // 2 :][:CANDIDATE_IMAGES]
