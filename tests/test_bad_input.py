@@ -38,7 +38,7 @@ OUT_OF_RANGE = {
     "projection_hidden": "0 -1",
     "projection_dim": "0 -1",
     "weight": "-1",
-    "weight_start_epochs": "-1 12",
+    "weight_start_epochs": "-1 20",
     "weight_warmup_epochs": "-1",
     "equiv_splits": "0 -2 3 8",
     "equivariant_batch_size": "0 -8 3 16",

@@ -74,7 +74,7 @@ def test_paths_and_names_of_this_machine_are_not_published():
         ({"equivariance_jitter": [0.1, 0.1, -0.1, 0.1]}, "`equivariance_jitter` can't be negative"),
         ({"views": "shared", "equivariance_jitter_p": 1}, "`equivariance_jitter_p` needs a second pair"),
         ({"views": "shared", "equivariance_crop": "shared"}, "`equivariance_crop='shared'` needs a second"),
-        ({"weight_start_epochs": 12}, "`weight_start_epochs=12` leaves none of `epochs=12` to the"),
+        ({"weight_start_epochs": 20}, "`weight_start_epochs=20` leaves none of `epochs=20` to the"),
         ({"weight_start_epochs": 1, "loss_subtype": "none"}, "leaves no loss before that"),
         ({"crop_scale": 0}, "`crop_scale` must lie in (0, 1]"),
         ({"jitter": [0.1, 0.1, -0.1, 0.1]}, "`jitter` can't be negative"),
