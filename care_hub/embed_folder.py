@@ -101,6 +101,30 @@ def fingerprint_of(path: str | Path) -> str | None:
         raise CareHubError(f"'{path}' is not a file of embeddings ({error}).") from error
 
 
+def read_embeddings(path: str | Path) -> tuple[list[str], np.ndarray, dict[str, str]]:
+    """What `care-hub embed` wrote to .parquet or .safetensors: names, (N, d) float32, metadata.
+
+    Raises CareHubError for any other file.
+    """
+    path = Path(path)
+    try:
+        about = _read_metadata(path)
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            table = pq.read_table(path, columns=["path", "embedding"])
+            column = table["embedding"].combine_chunks()
+            names, z = table["path"].to_pylist(), column.values.to_numpy().reshape(len(table), -1)
+        else:
+            with safe_open(path, "np") as file:
+                names, z = json.loads(about["paths"]), file.get_tensor("embeddings")
+        if z.shape[:1] != (len(names),) or z.ndim != 2 or z.dtype != np.float32 or not np.isfinite(z).all():
+            raise ValueError(f"{len(names)} names and {z.dtype} of shape {z.shape}")
+        return names, z, about
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise CareHubError(f"'{path}' is not a file of embeddings with names ({error}).") from error
+
+
 def _read_metadata(path: Path) -> dict[str, str]:
     if path.suffix == ".npy":
         np.load(path, mmap_mode="r", allow_pickle=False)
