@@ -383,6 +383,33 @@ def rotations(encoder: str, images: str | None, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("embeddings", nargs=-1, required=True, type=PATH)
+@click.option("--query", required=True, type=PATH, help="an image")
+@click.option("--encoder", help="default: the one that the embeddings name")
+@click.option(
+    "--steer",
+    metavar="NAME=STRENGTH",
+    multiple=True,
+    help="turn the query by a rotation of the encoder, as brightness=1.4; repeatable, first to last",
+)
+@click.option("-k", type=AT_LEAST_1, default=10, help="images to find")
+@click.option("--force", is_flag=True, help="steer also by what was found not steerable")
+@click.option("-o", "--output", type=PATH, help="an HTML page with the images")
+def search(embeddings: tuple[str, ...], query: str, output: str | None, **options: Any) -> None:
+    """Find the images nearest to a query in EMBEDDINGS, .parquet of `care-hub embed`: path, similarity."""
+    from .steering.search import search as find
+
+    hits = find(embeddings, query, **options)
+    if output:
+        from .report.sheet import write_sheet
+
+        words = [Path(query).name, *options["steer"]]
+        write_sheet(query, ", ".join(words), [(hit.file, hit.path, hit.similarity) for hit in hits], output)
+    for hit in hits:
+        print(f"{printable(hit.path)}\t{hit.similarity:.4f}")
+
+
+@main.command()
 @click.argument("checkpoint", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--dataset-name", help="what it was trained on, where the checkpoint does not say")

@@ -26,6 +26,7 @@ TRAIN = ("train", "--dry-run", *DATA, "--image-size", "16", "--batch-size", "8",
 EVAL = ("eval_linear", "--encoder", ENCODER, *DATA)
 KNN, TURNS = ("knn", ENCODER, *DATA), ("equivariance", ENCODER, *DATA)
 ROTATE = ("rotations", "{encoder}", "--images", "{photos}")
+SEARCH = ("--query", "{photos}/test/cold/00.png")
 EMBED, CLASSIFY = ("embed", "{photos}", "--encoder", ENCODER), ("classify", "{photos}", "--encoder", ENCODER)
 
 NOT_A = {
@@ -161,6 +162,10 @@ OTHERS = [
     (*TURNS, "-o", "{file}"),
     (*TURNS, "-o", "{long}"),
     ("equivariance", *DATA),
+    *(("search", words, *SEARCH) for words in ("{absent}", "{empty}", "{file}", "{binary}", "{photos}")),
+    ("search", *SEARCH),
+    ("search", "{photos}"),
+    ("search", "{photos}", *SEARCH, "-k", "0"),
     ("rotations", "{encoder}"),
     ("rotations", "{encoder}", "--transform", "hue"),
     ("rotations", ENCODER, "--images", "{photos}"),

@@ -5,45 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import care_hub_command, snippets, stored
+from helpers import GOOD, TURN, care_hub_command, fitted, snippets, stored
 from safetensors.torch import load_file, save_file
 
 import care_hub
 from care_hub.errors import CareHubError
 from care_hub.factory import push_export
 from care_hub.hub.card import write_card
-from care_hub.hub.export import content_sum, sha256
-from care_hub.hub.rotation_set import FILE_NAME, FittedTransformation, RotationSet
+from care_hub.hub.export import content_sum
+from care_hub.hub.rotation_set import FILE_NAME
 from care_hub.rotation import Rotation
-
-GOOD = {
-    "same_image_hit_at_1": (31.0, 25.0, 37.0),
-    "same_image_hit_at_1_unrotated": (0.0, 0.0, 0.0),
-    "cosine": (0.9, 0.8, 0.95),
-    "cosine_unrotated": (0.6, 0.5, 0.7),
-}
-TURN = Rotation.random(16, 5).power(0.1)  # of brightness 2
-
-
-def fitted(name, strengths, neutral=1.0, scale="log", overall=GOOD, candidates=50):
-    measured = [overall for _ in strengths]
-    return FittedTransformation(
-        name, "a factor", scale, neutral, strengths, measured, overall, candidates, "shapes", 2000, "0.2.0"
-    )
-
-
-@pytest.fixture
-def rotations(export) -> RotationSet:
-    """Brightness is a rotation by a speed that is constant on its scale; flip is one that nobody can tell."""
-    fits = torch.stack([TURN.power(t).matrix for t in (-1, 0.5, 1)])
-    found = {
-        "brightness": fitted("brightness", [0.5, 2**0.5, 2.0]),
-        "flip": fitted("flip", [1.0], 0.0, "switch", GOOD | {"same_image_hit_at_1": (50.0, 40.0, 60.0)}, 2),
-    }
-    matrices = {"brightness": fits, "flip": Rotation.random(16, 7).matrix[None]}
-    encoder = care_hub.load_encoder(export)
-    weights = {name: sha256(export / name) for name in ("model.safetensors", "projection.safetensors")}
-    return RotationSet(found, matrices, encoder.fingerprint, "org/name", "projection", weights)
 
 
 def close(one: Rotation, other: Rotation) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import CareHubError, suggest
 from ..files import make_folder, own_file, read_header, read_tensors, write_tensors
-from ..rotation import Rotation
+from ..rotation import Embeddings, Rotation
 from ..schema import check_type
 from ..transformations import SCALES, position
 from .evaluation_record import Interval
@@ -121,6 +121,16 @@ class RotationSet:
         if strength == found.neutral:
             return Rotation(torch.eye(fits.shape[-1]), self.encoder or None)
         return Rotation(fits[found.strengths.index(strength)], self.encoder or None)
+
+    def turn(self, z: Embeddings, steer: Mapping[str, float]) -> Embeddings:
+        """Embeddings (..., N, d) or (d,) after the rotations of `steer`, name -> strength, first to last.
+
+        The query for any index of unchanged embeddings; same type as `z`. Raises CareHubError as
+        `rotations[name, strength]` does.
+        """
+        for name, strength in steer.items():
+            z = self[name, strength](z)
+        return z
 
     def __iter__(self) -> Iterator[str]:
         """The names of the transformations."""
