@@ -182,6 +182,13 @@ def test_an_encoder_that_is_no_folder_is_copied(no_figure, photos, tmp_path, cap
     assert "are replaced" in caplog.text and list(care_hub.load_rotations(tmp_path / "mine")) == ["flip"]
 
 
+def test_without_a_projection_head_backbone_features_of_unit_length_are_rotated(no_figure, export, photos):
+    (export / "projection.safetensors").unlink()
+    found = rotations(str(export), images=str(photos), transforms=["flip"])
+    assert found.space == "backbone" and found["flip", 1].d == 128
+    assert "load_rotations" not in (export / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from ..schema import check_type
 from ..transformations import SCALES, position
 from .evaluation_record import Interval
 from .export import READ_ERRORS, content_sum, folder_lock, sha256
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "rotations.safetensors"
 WEIGHTS = ("model.safetensors", "projection.safetensors")  # to which rotations belong
@@ -162,14 +165,31 @@ class RotationSet:
     def save(self, folder: str | Path) -> Path:
         """Write rotations.safetensors into `folder`, with its sha256 in it."""
         path = make_folder(folder) / FILE_NAME
+        with folder_lock(path.parent):
+            self._write(path)
+        return path
+
+    def add_to(self, folder: Path) -> "RotationSet":
+        """`save` beside those of other names that are in `folder` already; gives all."""
+        with folder_lock(folder):
+            together = self
+            try:
+                if before := read_rotations(folder):
+                    for name in before.fitted.keys() & self.fitted.keys():
+                        logger.info("This replaces the rotations of %s that were fitted before.", name)
+                    together = before.updated(self)
+            except CareHubError as error:
+                logger.warning("The rotations that were in '%s' are replaced: %s", folder, error)
+            together._write(folder / FILE_NAME)
+        return together
+
+    def _write(self, path: Path) -> None:
         about = {"fitted": json.dumps([dataclasses.asdict(found) for found in self.fitted.values()])}
         about |= {"encoder": self.encoder, "encoder_name": self.encoder_name, "space": self.space}
         about["weights"] = json.dumps(self.weights)
         tensors = {name: self.matrices[name].float().cpu().contiguous() for name in sorted(self.fitted)}
         about["sha256"] = content_sum(tensors.values(), about)
-        with folder_lock(path.parent):
-            write_tensors(path, tensors, about)
-        return path
+        write_tensors(path, tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> "RotationSet":

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,7 +30,7 @@ from ..files import own_file
 from ..hub.card import write_card
 from ..hub.export import copy_export, sha256
 from ..hub.registry import locate
-from ..hub.rotation_set import WEIGHTS, FittedTransformation, RotationSet, read_rotations
+from ..hub.rotation_set import WEIGHTS, FittedTransformation, RotationSet
 from ..report.figures import plot_rotations
 from ..rotation import least_squares, procrustes
 from ..transformations import TRANSFORMATIONS, Transformation, parse
@@ -81,10 +80,12 @@ def rotations(
     embed = partial(_embed, encoder, space)
     if wanted:
         label = (data or DataConfig("imagefolder", images)).data_label
-        pixels = _split_pixels(encoder, data, limit) if data else _pixels(encoder, str(images), limit, seed)
+        pixels = (
+            _split_pixels(encoder, data, limit, seed) if data else _pixels(encoder, str(images), limit, seed)
+        )
         z = embed(pixels)
         _warn_of_few(*z[: len(z) // 2].shape)
-        bar = tqdm(wanted, unit="transformation", disable=None if sys.stderr.isatty() else True, leave=False)
+        bar = tqdm(wanted, unit="transformation", disable=None, leave=False)
         for transformation, strengths in bar:
             fitted = fit_transformation(embed, pixels, z, transformation, strengths, label, seed)
             new = _with(new, *fitted)
@@ -92,7 +93,10 @@ def rotations(
         new = _with(new, *_fit_pairs(encoder, space, name, sources, limit, seed))
     if target != folder:
         copy_export(folder, target)
-    return _write(new, target)
+    together = new.add_to(target)
+    plot_rotations(together, target / FIGURE)
+    write_card(target)
+    return together
 
 
 def _check_names(names: list[str]) -> None:
@@ -117,22 +121,6 @@ def _with(found: RotationSet, fitted: FittedTransformation, matrices: Tensor) ->
     return found.updated(one)
 
 
-def _write(new: RotationSet, folder: Path) -> RotationSet:
-    """Write `new`, with rotations that are there already, figure and card into `folder`."""
-    try:
-        before = read_rotations(folder)
-        if before is not None:
-            for name in before.fitted.keys() & new.fitted.keys():
-                logger.info("This replaces the rotations of %s that were fitted before.", name)
-            new = before.updated(new)
-    except CareHubError as error:
-        logger.warning("The rotations that were there are replaced: %s", error)
-    new.save(folder)
-    plot_rotations(new, folder / FIGURE)
-    write_card(folder)
-    return new
-
-
 def _embed(encoder: Encoder, space: str, pixels: Tensor, *steps: Augmentation) -> Tensor:
     return F.normalize(embed_view(encoder, pixels, *steps, space=space), dim=1)
 
@@ -144,11 +132,11 @@ def _pixels(encoder: Encoder, source: str, limit: int, seed: int) -> Tensor:
     return _enough(_decode(encoder, chosen), source)
 
 
-def _split_pixels(encoder: Encoder, data: DataConfig, limit: int) -> Tensor:
+def _split_pixels(encoder: Encoder, data: DataConfig, limit: int, seed: int) -> Tensor:
     size = encoder.config.image_size
     split = load_split(data, "test", size) or load_split(data, "train", size)
     assert split is not None  # there is no data set without a training split
-    pixels = split.take(random_subset(len(split), limit)).pixels
+    pixels = split.take(random_subset(len(split), limit, seed)).pixels
     return _enough(center_crop(pixels, size), data.dataset_name)
 
 

@@ -66,10 +66,13 @@ def search(
             )
         z = rotations.turn(z, parse_steer(rotations, steer, force))
     found = nearest(files, z[0], k)
-    names = {file: _paths(files[file]) for file in {file for file, _, _ in found}}
     roots = [about.get("images", "") for about in abouts]
+    names: dict[tuple[int, int], str] = {}
+    for file in {file for file, _, _ in found}:
+        rows = [row for other, row, _ in found if other == file]
+        names |= {(file, row): name for row, name in zip(rows, _paths(files[file], rows), strict=True)}
     return [
-        Hit(path := names[file][row], similarity, os.path.join(roots[file], path) if roots[file] else "")
+        Hit(path := names[file, row], similarity, os.path.join(roots[file], path) if roots[file] else "")
         for file, row, similarity in found
     ]
 
@@ -150,11 +153,12 @@ def embeddings(path: Path, d: int) -> Iterator[np.ndarray]:
         raise CareHubError(f"'{path}' has no embeddings of {d} numbers ({error}).") from error
 
 
-def _paths(path: Path) -> list[str]:
+def _paths(path: Path, rows: list[int]) -> list[str]:
+    """The names of the images in these rows of a file. Raises CareHubError for a file without names."""
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path, columns=["path"], memory_map=True)["path"].to_pylist()
+        return pq.read_table(path, columns=["path"], memory_map=True)["path"].take(rows).to_pylist()
     except (OSError, ValueError, KeyError) as error:
         raise CareHubError(f"'{path}' has no names of images ({error}).") from error
 
