@@ -392,6 +392,10 @@ def rotations(encoder: str, images: str | None, **options: Any) -> None:
     multiple=True,
     help="turn the query by a rotation of the encoder, as brightness=1.4; repeatable, first to last",
 )
+@click.option(
+    "--ignore", metavar="NAME,...", default="", help="what these transformations change does not count"
+)
+@click.option("--match", metavar="NAME,...", default="", help="only what these transformations change counts")
 @click.option("-k", type=AT_LEAST_1, default=10, help="images to find")
 @click.option("--force", is_flag=True, help="steer also by what was found not steerable")
 @click.option("-o", "--output", type=PATH, help="an HTML page with the images")
@@ -399,6 +403,8 @@ def search(embeddings: tuple[str, ...], query: str, output: str | None, **option
     """Find the images nearest to a query in EMBEDDINGS, .parquet of `care-hub embed`: path, similarity."""
     from .steering.search import search as find
 
+    for name in ("ignore", "match"):
+        options[name] = [word.strip() for word in options[name].split(",") if word.strip()]
     hits = find(embeddings, query, **options)
     if output:
         from .report.sheet import write_sheet

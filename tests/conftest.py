@@ -153,4 +153,5 @@ def rotations(export):
     matrices = {"brightness": fits, "flip": Rotation.random(16, 7).matrix[None]}
     encoder = care_hub.load_encoder(export)
     weights = {name: sha256(export / name) for name in ("model.safetensors", "projection.safetensors")}
-    return RotationSet(found, matrices, encoder.fingerprint, "org/name", "projection", weights)
+    moved = {"brightness": torch.eye(16)[:, :3], "flip": torch.eye(16)[:, 2:4]}
+    return RotationSet(found, matrices, encoder.fingerprint, "org/name", "projection", weights, moved)

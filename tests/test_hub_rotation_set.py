@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import GOOD, TURN, care_hub_command, fitted, snippets, stored
+from helpers import GOOD, IMAGES, TURN, care_hub_command, fitted, snippets, stored
 from safetensors.torch import load_file, save_file
 
 import care_hub
@@ -87,6 +87,42 @@ def test_rotations_of_other_weights_are_refused(rotations, export):
         rotations.updated(replace(rotations, encoder="0" * 64))
 
 
+def test_what_a_transformation_moves_is_projected_out_or_alone_kept(rotations, export):
+    """Here brightness moves the first three numbers, flip the third and the fourth."""
+    z = torch.nn.functional.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    for ignore, match, kept in (
+        (["brightness"], [], range(3, 16)),
+        (["brightness", "flip"], [], range(4, 16)),
+        ([], ["brightness"], range(3)),
+        (["flip"], ["brightness"], range(2)),
+    ):
+        expected = torch.zeros(5, 16)
+        expected[:, list(kept)] = z[:, list(kept)]
+        expected = torch.nn.functional.normalize(expected, dim=1)
+        found = rotations.project(z, ignore, match)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+        turned = rotations.project(z.numpy(), ignore, match)
+        torch.testing.assert_close(torch.from_numpy(turned), expected, atol=1e-6, rtol=0)
+    with pytest.raises(
+        CareHubError, match="nothing is left to compare: brightness, flip moves all that there is"
+    ):
+        rotations.project(z, ["brightness", "flip"], ["flip"])
+    with pytest.raises(CareHubError, match="no rotations of 'hue'"):
+        rotations.project(z, ["hue"])
+    encoder, images = care_hub.load_encoder(export), IMAGES
+    with pytest.raises(CareHubError, match="has no rotations"):
+        encoder.encode(images, ignore=["flip"])
+    rotations.save(export)
+    expected = rotations.project(encoder.encode(images), ["flip"])
+    found = encoder.encode(images, ignore=["flip"])
+    torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(expected))
+    assert encoder.encode(images, ignore=["flip"], convert_to_tensor=True).dtype == torch.float32
+    with pytest.raises(CareHubError, match="of other embeddings"):
+        encoder.encode(images, space="backbone", ignore=["flip"])
+    with pytest.raises(CareHubError, match="not loaded from a folder"):
+        care_hub.Encoder.new("resnet10_w16_small").encode(images, ignore=["flip"])
+
+
 HOSTILE = [
     lambda entry: entry | {"strengths": [2.0, 0.5, 1.5]},
     lambda entry: entry | {"strengths": [-0.5, 1.5, 2.0]},
@@ -137,7 +173,23 @@ def rewrite(path, change=lambda entries: entries, **tensors):
 )
 def test_tensors_that_are_no_rotations_are_refused(matrices, sentence, rotations, export):
     path = rotations.save(export)
-    rewrite(path, brightness=matrices.contiguous())
+    rewrite(path, **{"rotation.brightness": matrices.contiguous()})
+    with pytest.raises(CareHubError, match=sentence):
+        care_hub.load_rotations(export)
+
+
+@pytest.mark.parametrize(
+    ("moved", "sentence"),
+    [
+        (torch.ones(16, 2), "not orthonormal"),
+        (torch.eye(16)[:, :0], "is not a set of rotations"),
+        (torch.ones(16), "does not fit"),
+        (torch.eye(17)[:, :2], "does not fit"),
+    ],
+)
+def test_a_basis_that_is_none_is_refused(moved, sentence, rotations, export):
+    path = rotations.save(export)
+    rewrite(path, **{"moved.brightness": moved.contiguous()})
     with pytest.raises(CareHubError, match=sentence):
         care_hub.load_rotations(export)
 

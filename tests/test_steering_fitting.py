@@ -51,9 +51,10 @@ def fit(embed, images, asked):
             x = step(x)
         return embed(x)
 
-    found, matrices = fit_transformation(embed_after, images, embed_after(images), *parse(asked))
+    found, matrices, moved = fit_transformation(embed_after, images, embed_after(images), *parse(asked))
     means = {name: mean for name, (mean, _, _) in found.overall.items()}
-    return RotationSet({found.name: found}, {found.name: matrices}), found, means
+    one = RotationSet({found.name: found}, {found.name: matrices}, moved={found.name: moved})
+    return one, found, means
 
 
 def test_an_encoder_that_rotates_exactly_is_steerable_at_every_strength():
@@ -68,6 +69,19 @@ def test_an_encoder_that_rotates_exactly_is_steerable_at_every_strength():
         led = found["brightness", strength](light(x))
         torch.testing.assert_close(led, light(x * strength), atol=1e-3, rtol=0)
     assert (torch.linalg.det(found.matrices["brightness"]) > 0).all()
+
+
+def test_what_moves_is_found():
+    """Of 27 numbers and two that tell the light, only these two move, on a circle."""
+
+    def embed(x):
+        x = x.double()
+        turn = 2 * x.mean(dim=(1, 2, 3)).log()
+        return F.normalize(torch.cat([turn.cos()[:, None], turn.sin()[:, None], pattern(x)], dim=1)).float()
+
+    found, _, _ = fit(embed, noise(200, most=100), "brightness=0.5,0.7,1.4,2")
+    first_two = torch.diag((torch.arange(29) < 2).double())
+    torch.testing.assert_close(found.projector(match=["brightness"]), first_two, atol=1e-4, rtol=0)
 
 
 def test_an_encoder_that_is_invariant_is_not_steerable():

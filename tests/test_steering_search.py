@@ -75,6 +75,20 @@ def test_a_steered_search_equals_the_search_over_the_corpus_that_is_turned_back(
     torch.testing.assert_close(turned, TURN(torch.from_numpy(q)), atol=1e-5, rtol=0)
 
 
+def test_what_is_ignored_or_matched_decides_what_counts(stored, export, rotations, photos):
+    query = photos / "train" / "warm" / "03.png"
+    _, z = embeddings(stored)
+    q = care_hub.load_encoder(export).encode(query)
+    for flag, kept in (
+        ("--ignore", {"ignore": ["brightness", "flip"]}),
+        ("--match", {"match": ["brightness"]}),
+    ):
+        cosines = rotations.project(z, **kept) @ rotations.project(q, **kept)[0]
+        rows = found(stored, "--query", query, flag, ",".join(*kept.values()), "-k", "16")
+        np.testing.assert_allclose([cosine for _, cosine in rows], np.sort(cosines)[::-1], atol=1e-4)
+    assert "no rotations of 'hue'" in found(stored, "--query", query, "--ignore", "hue", ok=False)
+
+
 def test_the_page_shows_the_images_and_no_unescaped_name(stored, photos, tmp_path):
     page = tmp_path / "page.html"
     (tmp_path / "images" / "warm" / "01.png").unlink()

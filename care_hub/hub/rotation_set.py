@@ -4,13 +4,15 @@ import dataclasses
 import json
 import logging
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CareHubError, suggest
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "rotations.safetensors"
 WEIGHTS = ("model.safetensors", "projection.safetensors")  # to which rotations belong
+ROTATION, MOVED = "rotation.", "moved."  # what the names of tensors begin with
+SPANNED = 1e-3  # singular values below this span nothing
 TIMES_CHANCE, TIMES_ITSELF = 3, 1.5  # what the lower bound of H@1 must reach for "steerable"
 NOT_FITTED = "fit them with `care-hub rotations`"
 
@@ -92,6 +96,7 @@ class RotationSet:
     encoder_name: str = ""
     space: str = "projection"  # whose unit vectors rotate
     weights: dict[str, str] = field(default_factory=dict)  # sha256 of those of WEIGHTS that there are
+    moved: dict[str, Tensor] = field(default_factory=dict)  # (d, r): what a transformation moves, orthonormal
 
     def __getitem__(self, key: tuple[str, float]) -> Rotation:
         """The rotation of a transformation of any strength within those that were fitted.
@@ -135,6 +140,36 @@ class RotationSet:
             z = self[name, strength](z)
         return z
 
+    def project(self, z: Embeddings, ignore: Sequence[str] = (), match: Sequence[str] = ()) -> Embeddings:
+        """Embeddings (N, d) or (d,) without what the transformations `ignore` move, as unit vectors.
+
+        With `match`, only what these move is kept. Same type as `z`. Raises CareHubError for
+        transformations that were not fitted, and where nothing would be left.
+        """
+        kept = self.projector(ignore, match)
+        if isinstance(z, np.ndarray):
+            z = z @ kept.numpy().astype(z.dtype)
+            return z / np.linalg.norm(z, axis=-1, keepdims=True).clip(1e-12)
+        return F.normalize(z @ kept.to(z), dim=-1)
+
+    def projector(self, ignore: Sequence[str] = (), match: Sequence[str] = ()) -> Tensor:
+        """The symmetric matrix (d, d) that `project` multiplies with, in float64."""
+        d = next(iter(self.matrices.values())).shape[-1]
+        out, kept = (self._basis(names) for names in (ignore, match))
+        kept = torch.eye(d, dtype=torch.float64) if kept is None else kept
+        kept = kept if out is None else _orthonormal(kept - out @ (out.T @ kept))
+        if not kept.shape[1]:
+            names = f"{', '.join(ignore)} moves all that there is"
+            raise CareHubError(
+                f"nothing is left to compare: {names}{' of ' + ', '.join(match) if match else ''}."
+            )
+        return kept @ kept.T
+
+    def _basis(self, names: Sequence[str]) -> Tensor | None:
+        """(d, r) orthonormal: what these transformations move together; None without names."""
+        parts = [self.moved[self.find(name).name].double() for name in names]
+        return _orthonormal(torch.cat(parts, dim=1)) if parts else None
+
     def __iter__(self) -> Iterator[str]:
         """The names of the transformations."""
         return iter(self.fitted)
@@ -159,8 +194,8 @@ class RotationSet:
         """These rotations with `others` of the same encoder, which replace those of the same name."""
         if (self.encoder, self.space) != (others.encoder, others.space):
             raise CareHubError("these rotations belong to different embedding spaces.")
-        fitted, matrices = self.fitted | others.fitted, self.matrices | others.matrices
-        return dataclasses.replace(others, fitted=fitted, matrices=matrices)
+        kept = {name: getattr(self, name) | getattr(others, name) for name in ("fitted", "matrices", "moved")}
+        return dataclasses.replace(others, **kept)
 
     def save(self, folder: str | Path) -> Path:
         """Write rotations.safetensors into `folder`, with its sha256 in it."""
@@ -187,8 +222,13 @@ class RotationSet:
         about = {"fitted": json.dumps([dataclasses.asdict(found) for found in self.fitted.values()])}
         about |= {"encoder": self.encoder, "encoder_name": self.encoder_name, "space": self.space}
         about["weights"] = json.dumps(self.weights)
-        tensors = {name: self.matrices[name].float().cpu().contiguous() for name in sorted(self.fitted)}
-        about["sha256"] = content_sum(tensors.values(), about)
+        kinds = {ROTATION: self.matrices, MOVED: self.moved}
+        tensors = {
+            f"{kind}{name}": values[name].float().cpu().contiguous()
+            for kind, values in kinds.items()
+            for name in self.fitted
+        }
+        about["sha256"] = content_sum([tensors[name] for name in sorted(tensors)], about)
         write_tensors(path, tensors, about)
 
     @classmethod
@@ -210,22 +250,36 @@ class RotationSet:
             own = _expected(fitted, header)
         except READ_ERRORS as error:
             raise CareHubError(f"'{path}' is not a set of rotations of care_hub ({error!r:.200}).") from error
-        matrices = read_tensors(path, own)
-        sum_of_values = content_sum([matrices[name] for name in sorted(fitted)], about)
+        tensors = read_tensors(path, own)
+        sum_of_values = content_sum([tensors[name] for name in sorted(tensors)], about)
         if about.get("sha256") != sum_of_values:
             raise CareHubError(f"'{path}' is damaged: its sha256 is wrong; fetch it or fit it again.")
-        for name, fits in matrices.items():
-            try:
-                proper = bool((torch.linalg.det(Rotation(fits).matrix) > 0).all())
-            except CareHubError as error:
-                raise CareHubError(f"'{path}' has no rotations for '{name}': {error}") from error
-            if not proper:
-                raise CareHubError(f"'{path}' has no rotations for '{name}': a map has determinant -1.")
+        matrices, moved = ({name: tensors[f"{kind}{name}"] for name in fitted} for kind in (ROTATION, MOVED))
+        for name in fitted:
+            _check_proper(matrices[name], moved[name], f"'{path}' has no rotations for '{name}'")
         for name in WEIGHTS:
             beside = path.parent / name
             if name in weights and own_file(beside) and sha256(beside) != weights[name]:
                 raise CareHubError(f"'{path}' was fitted on other weights than '{beside}'; fit it again.")
-        return cls(fitted, matrices, **names, weights=weights)
+        return cls(fitted, matrices, **names, weights=weights, moved=moved)
+
+
+def _check_proper(rotations: Tensor, moved: Tensor, failure: str) -> None:
+    """Raise CareHubError unless these are proper rotations, and orthonormal columns."""
+    try:
+        proper = bool((torch.linalg.det(Rotation(rotations).matrix) > 0).all())
+    except CareHubError as error:
+        raise CareHubError(f"{failure}: {error}") from error
+    gram = moved.double().T @ moved.double()
+    if not proper or not torch.allclose(gram, torch.eye(len(gram)).to(gram), atol=1e-5, rtol=0):
+        reason = "the basis of what moves is not orthonormal" if proper else "a map has determinant -1"
+        raise CareHubError(f"{failure}: {reason}.")
+
+
+def _orthonormal(x: Tensor) -> Tensor:
+    """(d, r): a basis of the space that the columns of `x` span."""
+    u, size, _ = torch.linalg.svd(x, full_matrices=False)
+    return u[:, size > SPANNED]
 
 
 def _entries(values: Any) -> list[FittedTransformation]:
@@ -250,10 +304,15 @@ def _entries(values: Any) -> list[FittedTransformation]:
 
 def _expected(fitted: dict[str, FittedTransformation], header: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that a file must have, without values. Raises READ_ERRORS."""
-    *_, d = header[min(fitted)].shape
-    if d < 1:
-        raise ValueError("rotations of no dimension")
-    return {name: torch.empty(len(found.strengths), d, d, device="meta") for name, found in fitted.items()}
+    own = {}
+    *_, d = header[f"{ROTATION}{min(fitted)}"].shape
+    for name, found in fitted.items():
+        *_, r = header[f"{MOVED}{name}"].shape
+        if not 1 <= r <= d:
+            raise ValueError(f"{r} of {d} dimensions move")
+        own[f"{ROTATION}{name}"] = torch.empty(len(found.strengths), d, d, device="meta")
+        own[f"{MOVED}{name}"] = torch.empty(d, r, device="meta")
+    return own
 
 
 def read_rotations(folder: Path) -> RotationSet | None:

@@ -39,8 +39,10 @@ logger = logging.getLogger(__name__)
 
 PAIRS_PER_DIMENSION = 4  # fewer pairs than so many times d fit noise: see docs/rotations.md
 FEWEST_IMAGES = 4
+MOVED_SHARE = 0.95  # of the squared motion, in the directions that "ignore" leaves out
 FIGURE = "rotations.png"
 Embed = Callable[..., Tensor]  # (N, 3, S, S) uint8, and what is done to them -> (N, d) unit vectors
+Fit = tuple[FittedTransformation, Tensor, Tensor]  # with (K, d, d) rotations, and (d, r) what moves
 Row = dict[str, Any]  # metric -> (B,) under B weightings of the images, or an error and a motion, (B,) each
 
 
@@ -103,7 +105,7 @@ def _check_names(names: list[str]) -> None:
     if doubled := [name for name in names if names.count(name) > 1]:
         raise CareHubError(f"'{doubled[0]}' is asked for twice; give all its strengths at once.")
     for name in names:
-        if not name.strip() or len(name) > 64 or not name.isprintable() or name == "__metadata__":
+        if not name.strip() or len(name) > 64 or not name.isprintable():
             raise CareHubError(f"'{name}' is no name for a transformation; it has 1 to 64 letters.")
 
 
@@ -116,8 +118,9 @@ def _weights(folder: Path) -> dict[str, str]:
     return {name: sha256(folder / name) for name in WEIGHTS if own_file(folder / name)}
 
 
-def _with(found: RotationSet, fitted: FittedTransformation, matrices: Tensor) -> RotationSet:
-    one = replace(found, fitted={fitted.name: fitted}, matrices={fitted.name: matrices})
+def _with(found: RotationSet, fitted: FittedTransformation, matrices: Tensor, moved: Tensor) -> RotationSet:
+    name = fitted.name
+    one = replace(found, fitted={name: fitted}, matrices={name: matrices}, moved={name: moved})
     return found.updated(one)
 
 
@@ -167,8 +170,8 @@ def fit_transformation(
     strengths: Sequence[float],
     dataset: str = "",
     seed: int = 0,
-) -> tuple[FittedTransformation, Tensor]:
-    """Proper rotations (K, d, d) of a transformation of K ascending strengths, and how good they are.
+) -> Fit:
+    """A transformation of K ascending strengths: how good its rotations are, these, and what it moves.
 
     `pixels` (N, 3, S, S) uint8, in random order, and their embeddings `z` (N, d): the first half fits,
     the second is measured.
@@ -199,7 +202,7 @@ def _unmeasured(
 
 def _fit(
     empty: FittedTransformation, z: Tensor, views: Tensor, candidates: Sequence[Tensor], seed: int
-) -> tuple[FittedTransformation, Tensor]:
+) -> Fit:
     """Rotations of `z` (N, d) to each of `views` (K, N, d), and `empty` with their measures.
 
     `candidates`: for each view (M, C, d), C views of each of the first M images of the second half;
@@ -219,7 +222,16 @@ def _fit(
         row = _measure(before, view[half:], {name: m.to(z) for name, m in maps.items()}, candidates[k], mean)
         rows.append(row | {"motion": (mean(metrics.invariance(before, view[half:])), distance)})
     measured = [_intervals([row], seed) for row in rows]
-    return replace(empty, measured=measured, overall=_intervals(rows, seed)), r
+    found = replace(empty, measured=measured, overall=_intervals(rows, seed))
+    return found, r, _moved((views[:, :half] - z[:half]).flatten(0, 1))
+
+
+def _moved(displacements: Tensor) -> Tensor:
+    """(d, r) orthonormal: the fewest directions with most of the squared length of (M, d) displacements."""
+    gram = displacements.double().T @ displacements.double()
+    energy, directions = torch.linalg.eigh(gram)  # ascending
+    share = energy.flip(0).cumsum(0) / energy.sum().clamp(min=metrics.TINY)
+    return directions.flip(1)[:, : int((share < MOVED_SHARE).sum()) + 1].to(displacements)
 
 
 def _between_neighbors(found: FittedTransformation, r: Tensor, k: int) -> Tensor | None:
@@ -263,9 +275,7 @@ def _intervals(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     return found
 
 
-def _fit_pairs(
-    encoder: Encoder, space: str, name: str, sources: Sequence[str], limit: int, seed: int
-) -> tuple[FittedTransformation, Tensor]:
+def _fit_pairs(encoder: Encoder, space: str, name: str, sources: Sequence[str], limit: int, seed: int) -> Fit:
     """The rotation from images, or embeddings, to those of the same names in another source."""
     sides = [_by_name(encoder, space, source) for source in sources]
     names = sorted(sides[0].keys() & sides[1].keys())

@@ -31,13 +31,16 @@ def search(
     steer: Sequence[str] = (),
     k: int = 10,
     force: bool = False,
+    ignore: Sequence[str] = (),
+    match: Sequence[str] = (),
 ) -> list[Hit]:
     """`care-hub search`: the `k` images nearest to `query`, nearest first; all are compared.
 
     `sources`: files of `care-hub embed` (.parquet), or folders of such, of one encoder. `encoder`: by
     default the one that they name, which must be as it was. `steer`: "brightness=1.4", ..., rotations of
-    the query, first to last. Raises CareHubError, also for a transformation that is not steerable unless
-    `force`.
+    the query, first to last. `ignore`, `match`: transformations whose effects do not count, or alone
+    count, see `RotationSet.project`. Raises CareHubError, also for steering by what is not steerable
+    unless `force`.
     """
     if os.path.isdir(query):
         raise CareHubError(f"a query is one image; '{query}' is a folder.")
@@ -58,14 +61,16 @@ def search(
         which = f"'{name}' is not the encoder of these embeddings"
         raise CareHubError(f"{which}; give that one as `encoder`, or embed the images again.")
     z = loaded.encode(query, space=space, normalize=True)
-    if steer:
+    projector = None
+    if steer or ignore or match:
         rotations = find_rotations(folder, name)
         if (rotations.encoder, rotations.space) != (fingerprint, space):
             raise CareHubError(
                 f"the rotations of '{name}' are of other embeddings than these; fit them again."
             )
         z = rotations.turn(z, parse_steer(rotations, steer, force))
-    found = nearest(files, z[0], k)
+        projector = rotations.projector(ignore, match) if ignore or match else None
+    found = nearest(files, z[0], k, None if projector is None else projector.float().numpy())
     roots = [about.get("images", "") for about in abouts]
     names: dict[tuple[int, int], str] = {}
     for file in {file for file, _, _ in found}:
@@ -103,16 +108,21 @@ def parse_steer(rotations: RotationSet, steer: Sequence[str], force: bool = Fals
     return found
 
 
-def nearest(files: Sequence[Path], query: np.ndarray, k: int) -> list[tuple[int, int, float]]:
+def nearest(
+    files: Sequence[Path], query: np.ndarray, k: int, projector: np.ndarray | None = None
+) -> list[tuple[int, int, float]]:
     """(file, row, cosine) of the `k` embeddings nearest to `query` (d,), nearest first; in constant memory.
 
-    Equal ones in the order of the files. Raises CareHubError for files that are no embeddings of d numbers.
+    Equal ones in the order of the files. `projector` (d, d): all are multiplied with it before. Raises
+    CareHubError for files that are no embeddings of d numbers.
     """
     best: list[tuple[int, int, float]] = []
-    query = (query / np.linalg.norm(query)).astype(np.float32)
+    query = query if projector is None else query @ projector
+    query = (query / np.linalg.norm(query).clip(1e-12)).astype(np.float32)
     for number, path in enumerate(files):
         start = 0
         for z in embeddings(path, len(query)):
+            z = z if projector is None else z @ projector
             similarity = z @ query
             similarity /= np.sqrt(np.einsum("nd,nd->n", z, z)).clip(1e-12)
             if not np.isfinite(similarity).all():
