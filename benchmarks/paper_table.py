@@ -1,79 +1,53 @@
-"""CARE against its λ = 0 twin, as tables in docs/results.md and numbers in results/<recipe>.json.
+"""CARE, with one head or two and λ from the start or late, against λ = 0: numbers in results/<recipe>.json,
+and all tables in docs/results.md.
 
     python benchmarks/paper_table.py                                         # shapes, three seeds
     python benchmarks/paper_table.py --recipe cifar10_small --seed 0 --seed 1 --data-root CIFAR10
-    python benchmarks/paper_table.py --recipe shapes_moco --weight 0.1 --weight 0.2
+    python benchmarks/paper_table.py --recipe shapes --arm late --arm plain  # a part, beside another process
 
-Trains and evaluates every run of a grid; resumes where it was interrupted, since nothing that is recorded
-is done again. The arms of a recipe are the same command but for `--weight 0` and, for as much time as CARE
-takes, more `--epochs`.
+Trains and evaluates every arm of a recipe, with every seed; resumes where it was interrupted, since nothing
+that is recorded is done again. An arm is the recipe but for its options. All arms are measured under the same
+augmentations, whatever they were trained with: changes of color, and the recipe's own as a whole. The table
+shows all that is there, also what other processes have measured.
 """
 
 import json
 import math
-import platform
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
+import torch.nn.functional as F
+from result_tables import ROOT, ROWS, Arms, hardware, write_results
+from torch import Tensor
 
-from care_hub.config import TrainConfig, read_yaml
+from care_hub import cli
+from care_hub.augment import AugmentationConfig
+from care_hub.config import AUGMENTATION, TrainConfig, read_yaml, to_yaml
+from care_hub.data.images import Images
+from care_hub.data.sources import load_splits
+from care_hub.encoder import Encoder
+from care_hub.evaluate.attributes import probe_attributes
+from care_hub.evaluate.commands import PROBE_IMAGES
+from care_hub.evaluate.equivariance import augmentations, measure_equivariance
+from care_hub.evaluate.features import embed_view, random_subset
+from care_hub.factory import load_encoder
+from care_hub.files import make_folder, write_text
 from care_hub.hub.evaluation_record import read_record
-from care_hub.metrics import METRICS
-from care_hub.training import trainer
+from care_hub.rotation import Rotation
+from care_hub.schedule import Plan
+from care_hub.training.batches import training_augmentation
+from care_hub.training.trainer import precision
 
-ROOT = Path(__file__).parents[1]
 LABEL_FRACTIONS = (0.01, 0.1)
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table."""
-
-    name: str  # in results/<recipe>.json
-    metric: str  # in METRICS: which values are better
-    digits: int
-    title: str = ""  # where that of the metric does not say enough
-
-    @property
-    def heading(self) -> str:
-        metric = METRICS[self.metric]
-        return self.title or f"{metric.title}, {metric.unit}".removesuffix(", ")
-
-    @property
-    def sign(self) -> int:
-        """1 where higher values are better, -1 where lower ones are, 0 where neither is."""
-        return {"higher": 1, "lower": -1, "": 0}[METRICS[self.metric].better]
-
-
-ROWS = (
-    Row("label_probe", "top1", 1, "linear probe, label, %"),
-    Row("label_probe_10", "top1", 1, "same with 10 % of the labels"),
-    Row("label_probe_1", "top1", 1, "same with 1 % of the labels"),
-    Row("label_knn", "knn_top1", 1),
-    Row("label_projection", "label", 1, "label, attribute probe of the projection, %"),
-    Row("color_backbone", "color", 1, "color, attribute probe of the backbone, %"),
-    Row("color_projection", "color", 1, "color, attribute probe of the projection, %"),
-    Row("hue_projection", "hue", 3, "mean hue, attribute probe of the projection, R²"),
-    Row("saturation_projection", "saturation", 3, "mean saturation, the same"),
-    Row("brightness_projection", "brightness", 3, "mean brightness, the same"),
-    Row("ratio", "rotation_invariance_ratio", 3),
-    Row("gram", "gram_deviation", 4),
-    Row("hit", "hit_at_1", 1),
-    Row("hit_unrotated", "hit_at_1_unrotated", 1),
-    Row("color_same_image_hit_at_1", "same_image_hit_at_1", 1, "color, same image, found by R f(x), %"),
-    Row("color_same_image_mrr", "same_image_mrr", 3, "the same, mean reciprocal rank"),
-    Row("color_same_image_hit_at_1_linear", "same_image_hit_at_1_linear", 1, "found by a linear map, %"),
-    Row("color_motion", "motion", 3, "color, motion"),
-    Row("training_minutes", "training_seconds", 1, "minutes of training"),
-    Row("images_per_second", "images_per_second", 0),
-)
+FAMILIES = {"recipe": "full recipe", "color": "color", "hue": "hue", "crop": "crop"}  # names in results
+IMAGES = 2000  # test images: half to fit rotations, half to measure them
+COMPOSED = 8  # pairs of changes of color
 
 
 @dataclass(frozen=True)
@@ -81,22 +55,51 @@ class Arm:
     """One column of the table."""
 
     title: str
-    name: str  # in those of its runs
-    flags: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)  # beside those of the recipe
+    as_long_as: str = ""  # the arm whose price in steps of λ = 0 gives the epochs
 
 
-def arms_of(recipe: TrainConfig, weights: tuple[float, ...]) -> list[Arm]:
-    """CARE, its twin, and the twin for as many passes of the encoder as CARE's epochs take."""
-    epochs = f"{recipe.epochs} epochs"
-    arms = [Arm(f"CARE, λ = {w:g}, {epochs}", f"care-{w:g}", ("--weight", str(w))) for w in weights]
-    arms = arms or [Arm(f"CARE, {epochs}", "care", ())]
-    arms.append(Arm(f"λ = 0, {epochs}", "plain", ("--weight", "0")))
-    more = 0 if recipe.views == "shared" else 1 / recipe.equivariance_stride
-    longer = math.ceil(recipe.epochs * (1 + more))
-    if longer > recipe.epochs:
-        flags = ("--weight", "0", "--epochs", str(longer))
-        arms.append(Arm(f"λ = 0, {longer} epochs", "longer", flags))
-    return arms
+LATE: dict[str, Any] = {"weight_start_epochs": None, "weight_warmup_epochs": None}  # by default
+ONE_HEAD: dict[str, Any] = {"steering_head": False, "equivariant_batch_size": None, "equiv_splits": 8}
+WEAK: dict[str, Any] = {"jitter": (0.1, 0.1, 0.1, 0.02), "grayscale": 0.0}  # colors to ignore
+SAME: dict[str, Any] = {f"equivariance_{name}": None for name in AUGMENTATION} | {"equivariance_crop": True}
+STEERING = {"steering_head": True, "steering_uniformity": 0.1, "weight": 4.0}
+ARMS = {
+    "shapes": {
+        "care": Arm(
+            "CARE from the start",
+            {"weight": 1.5, "weight_start_epochs": 0, "weight_warmup_epochs": 12, "epochs": 12},
+        ),
+        "late": Arm("CARE late", LATE | {"weight": 4.0, "epochs": 20}),
+        "steering-head": Arm(
+            "CARE with a steering head",
+            STEERING | {"weight_start_epochs": 16, "weight_warmup_epochs": 1, "epochs": 20},
+        ),
+        "plain": Arm("λ = 0", {"weight": 0.0, "epochs": 12}),
+        "longer": Arm("λ = 0, as long", {"weight": 0.0}, as_long_as="steering-head"),
+    },
+    "cifar10_small": {
+        "steering-head": Arm("steering head"),
+        "steering-first": Arm("steering first", ONE_HEAD | WEAK | {"weight": 1.5}),
+        "late": Arm("CARE late", ONE_HEAD | SAME | LATE | {"weight": 1.5}),
+        "plain": Arm("λ = 0", {"weight": 0.0}),
+        "longer": Arm("λ = 0, as long", {"weight": 0.0}, as_long_as="steering-head"),
+    },
+}
+OTHERS = {  # of any other recipe
+    "care": Arm("CARE"),
+    "plain": Arm("λ = 0", {"weight": 0.0}),
+    "longer": Arm("λ = 0, as long", {"weight": 0.0}, as_long_as="care"),
+}
+
+
+def options_of(arm: Arm, arms: Mapping[str, Arm], recipe: str, images: int) -> dict[str, Any]:
+    """The options of an arm, its epochs among them if they follow from another arm's, for so many images."""
+    if not arm.as_long_as:
+        return arm.options
+    other = cli.resolve(options_of(arms[arm.as_long_as], arms, recipe, images), recipe)
+    plan = Plan.of(other, images)
+    return arm.options | {"epochs": math.ceil(round(plan.price(other) / plan.steps_per_epoch, 2))}
 
 
 def run_command(*words: object) -> None:
@@ -105,30 +108,28 @@ def run_command(*words: object) -> None:
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def train(recipe_file: Path, run: Path, seed: int, flags: tuple[str, ...], data: list[str]) -> None:
-    """Train `run`, or resume it, unless it is finished."""
-    if (run / "results.json").is_file():
-        return
-    begun = (run / "checkpoints").is_dir() and any((run / "checkpoints").iterdir())
-    place = ["--save-root", run.parent, "--run-name", run.name, *(["--resume"] if begun else [])]
-    run_command(ROOT / "train.py", "--config", recipe_file, "--seed", seed, *place, *flags, *data)
+def train(run: Path, options: dict[str, Any], recipe: str) -> None:
+    """Train `run`, or resume it, unless it is finished. Raises CareHubError if it had other options."""
+    place = {"save_root": str(run.parent), "run_name": run.name, "resume": "auto"}
+    config, file = cli.resolve(options | place, recipe), run.parent / f"{run.name}.yaml"
+    if not (run / "results.json").is_file():
+        make_folder(run.parent)
+        write_text(file, to_yaml(config))
+        run_command(ROOT / "train.py", "--config", file, "--resume", "auto")
 
 
-def evaluate(dataset: str, run: Path, data: list[str]) -> None:
-    """Make those evaluations of `run` that are not recorded."""
-    on = ["--dataset-name", dataset, *data]
-    record = read_record(run / "export")
-    done = record.get("accuracy", {}).get(dataset, {})
-    probe = [ROOT / "eval_linear.py", "--encoder", run, *on]
-    if "linear probe" not in done:
+def measure_accuracy(run: Path, dataset: str, data: list[str]) -> dict[str, Any]:
+    """Protocol -> results of `run`; those that are not recorded are measured."""
+    recorded = read_record(run / "export").get("accuracy", {}).get(dataset, {})
+    probe = [ROOT / "eval_linear.py", "--encoder", run, "--dataset-name", dataset, *data]
+    if "linear probe" not in recorded:
         run_command(*probe)
     for fraction in LABEL_FRACTIONS:
-        if few_labels(fraction) not in done:
+        if few_labels(fraction) not in recorded:
             run_command(*probe, "--label-fraction", fraction, "--seeds", 3)
-    if "kNN" not in done:
-        run_command("-m", "care_hub", "knn", run, *on)
-    if dataset not in record.get("equivariance", {}):
-        run_command("-m", "care_hub", "equivariance", run, *on)
+    if "kNN" not in recorded:
+        run_command("-m", "care_hub", "knn", run, "--dataset-name", dataset, *data)
+    return read_record(run / "export")["accuracy"][dataset]
 
 
 def few_labels(fraction: float) -> str:
@@ -136,104 +137,84 @@ def few_labels(fraction: float) -> str:
     return f"linear probe, {100 * fraction:g} % of the labels"
 
 
-def measured(run: Path) -> dict[str, float]:
-    """The figures of one run, by the names in ROWS, from its own files."""
-    results = json.loads((run / "results.json").read_text())
-    record = read_record(run / "export")
-    (dataset,) = record["equivariance"]
-    accuracy, equivariance = record["accuracy"][dataset], record["equivariance"][dataset]
-    recipe = equivariance["families"]["full recipe"]
-    values = {
+def composition(encoder: Encoder, pixels: Tensor, augmentation: AugmentationConfig) -> dict[str, float]:
+    """Mean cosine of f(b(a(x))), a and b changes of color, with R_b R_a f(x) and with R_ba f(x)."""
+    half, changes = len(pixels) // 2, augmentations("color", augmentation, COMPOSED + 1)
+    z, *views = (embed_view(encoder, pixels, *steps) for steps in [(), *((a,) for a in changes)])
+    rotations = [Rotation.fit(z[:half], view[:half]) for view in views]
+    cosines: dict[str, list[float]] = {"color_composed": [], "color_fitted": []}
+    for k in range(COMPOSED):
+        both = embed_view(encoder, pixels, changes[k], changes[k + 1])
+        maps = (rotations[k + 1] @ rotations[k], Rotation.fit(z[:half], both[:half]))
+        for found, r in zip(cosines.values(), maps, strict=True):
+            found.append(F.cosine_similarity(r(z[half:]), both[half:]).mean().item())
+    return {name: statistics.mean(values) for name, values in cosines.items()}
+
+
+def measure(
+    run: Path, splits: tuple[Images, Images], augmentation: AugmentationConfig, dataset: str, data: list[str]
+) -> None:
+    """Write the figures of a trained run, by the names of rows, into its figures.json if there is none."""
+    if (run / "figures.json").is_file():
+        return
+    accuracy, results = measure_accuracy(run, dataset, data), json.loads((run / "results.json").read_text())
+    config = TrainConfig(**read_yaml(run / "config.yaml"))
+    figures = {
         "label_probe": accuracy["linear probe"]["top1"],
         "label_knn": accuracy["kNN"]["top1"],
-        "ratio": recipe["rotation_invariance_ratio"][0],
-        "gram": recipe["gram_deviation"][0],
-        "hit": recipe["hit_at_1"][0],
-        "hit_unrotated": recipe["hit_at_1_unrotated"][0],
+        "price": Plan.of(config, len(splits[0])).price(config),
         "training_minutes": results["training_seconds"] / 60,
         "images_per_second": results["images_per_second"],
     }
     for fraction in LABEL_FRACTIONS:
-        values[f"label_probe_{100 * fraction:g}"] = accuracy[few_labels(fraction)]["top1"]
-    color = equivariance["families"].get("color", {})
-    values |= {f"color_{name}": mean for name, (mean, _, _) in color.items() if mean is not None}
-    for space, attributes in equivariance["attributes"].items():
-        values |= {f"{name}_{space}": value for name, value in attributes.items()}
-    return values
-
-
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = ", ".join(sorted({line.split(":")[1].strip() for line in lines})) or model
-    return f"CPU ({model}), torch {torch.__version__}"
-
-
-def table(summary: dict[str, Any]) -> str:
-    """Markdown of one recipe: means and standard deviations over the seeds."""
-    arms, seeds = summary["arms"], summary["seeds"]
-    about = f"{summary['settings']}; {seeds} seed{'s' if seeds > 1 else ''}"
-    lines = [f"**{summary['recipe']}** ({about})", ""]
-    lines += ["| | " + " | ".join(arms) + " |", "|---" * (1 + len(arms)) + "|"]
-    for row in ROWS:
-        if all(row.name in run for runs in arms.values() for run in runs):
-            values = [[run[row.name] for run in runs] for runs in arms.values()]
-            lines.append(f"| {row.heading} | " + " | ".join(cells(row, values)) + " |")
-    return "\n".join(lines)
-
-
-def cells(row: Row, values: list[list[float]]) -> list[str]:
-    """For each arm; the best is bold where it leads the second by more than the larger standard deviation."""
-    means = [statistics.mean(v) for v in values]
-    deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-    texts = [f"{mean:.{row.digits}f}" for mean in means]
-    if len(values[0]) == 1:
-        return texts
-    texts = [f"{t} ± {deviation:.{row.digits}f}" for t, deviation in zip(texts, deviations, strict=True)]
-    *_, second, best = sorted(range(len(means)), key=lambda k: row.sign * means[k])
-    if row.sign and abs(means[best] - means[second]) > max(deviations):
-        texts[best] = f"**{texts[best]}**"
-    return texts
-
-
-def write_tables() -> None:
-    """Put the tables of all results/*.json between the two markers of docs/results.md."""
-    page, files = ROOT / "docs" / "results.md", sorted((ROOT / "results").glob("*.json"), reverse=True)
-    tables = "\n\n".join(table(json.loads(file.read_text())) for file in files)
-    text = page.read_text()
-    start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
-    page.write_text(f"{text[:start]}\n{tables}\n{text[stop:]}")
+        figures[f"label_probe_{100 * fraction:g}"] = accuracy[few_labels(fraction)]["top1"]
+    counts, encoder = (PROBE_IMAGES, IMAGES), load_encoder(run)
+    few, test = (s.take(random_subset(len(s), count)) for s, count in zip(splits, counts, strict=True))
+    families = measure_equivariance(encoder, test.pixels, augmentation, families=FAMILIES.values())
+    for name, family in FAMILIES.items():
+        figures |= {f"{name}_{metric}": x for metric, (x, *_) in families[family].items()}
+    recipe = families["full recipe"]
+    names = {"ratio": "rotation_invariance_ratio", "gram": "gram_deviation", "hit": "hit_at_1"}
+    figures |= {name: recipe[metric][0] for name, metric in names.items()}
+    figures["hit_unrotated"] = recipe["hit_at_1_unrotated"][0]
+    figures |= composition(encoder, test.pixels, augmentation)
+    for space, attributes in probe_attributes(encoder, few, test).items():
+        figures |= {f"{name}_{space}": value for name, value in attributes.items()}
+    figures = {name: float(f"{value:.5g}") for name, value in figures.items() if value == value}
+    write_text(run / "figures.json", json.dumps(figures, indent=2) + "\n")
 
 
 @click.command()
 @click.option("--recipe", default="shapes", show_default=True, help="a file in recipes/, without .yaml")
+@click.option("--arm", "chosen", multiple=True, help="train and measure these arms alone (default: all)")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
-@click.option("--weight", "weights", multiple=True, type=float, help="λ to compare (default: the recipe's)")
 @click.option("--root", default="runs/paper", show_default=True, help="where the runs are saved")
 @click.option("--data-root")
 def main(
-    recipe: str, seeds: tuple[int, ...], weights: tuple[float, ...], root: str, data_root: str | None
+    recipe: str, chosen: tuple[str, ...], seeds: tuple[int, ...], root: str, data_root: str | None
 ) -> None:
-    data = ["--data-root", str(Path(data_root).absolute())] if data_root else []
-    recipe_file = ROOT / "recipes" / f"{recipe}.yaml"
-    config, arms = TrainConfig(**read_yaml(recipe_file)), {}
-    for arm in arms_of(config, weights):
-        runs = [Path(root).absolute() / f"{recipe}-{arm.name}-{seed}" for seed in seeds]
-        for seed, run in zip(seeds, runs, strict=True):
-            train(recipe_file, run, seed, arm.flags, data)
-            evaluate(config.dataset_name, run, data)
-        arms[arm.title] = [measured(run) for run in runs]
-    precision = trainer.precision("auto")
-    settings = f"{config.model}, batch {config.batch_size}, {hardware()}, precision {precision}"
-    summary = {"recipe": recipe, "settings": settings, "seeds": len(seeds), "arms": arms}
-    output = ROOT / "results" / f"{recipe}.json"
-    output.parent.mkdir(exist_ok=True)
-    output.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    write_tables()
-    click.echo(table(summary))
+    arms = ARMS.get(recipe, OTHERS)
+    if unknown := {*chosen} - {*arms}:
+        raise click.ClickException(f"there is no arm '{min(unknown)}'; the arms are {', '.join(arms)}.")
+    data_root = str(Path(data_root).absolute()) if data_root else None
+    data = ["--data-root", data_root] if data_root else []
+    file = str(ROOT / "recipes" / f"{recipe}.yaml")
+    config = cli.resolve({"data_root": data_root}, file)
+    splits, augmentation = load_splits(config, config.image_size), training_augmentation(config)
+    measured: Arms = {}
+    for name, arm in arms.items():
+        options = options_of(arm, arms, file, len(splits[0])) | {"data_root": config.data_root}
+        runs = {seed: Path(root).absolute() / f"{recipe}-{name}-{seed}" for seed in seeds}
+        if not chosen or name in chosen:
+            for seed, run in runs.items():
+                train(run, options | {"seed": seed}, file)
+                measure(run, splits, augmentation, config.dataset_name, data)
+        files = [run / "figures.json" for run in runs.values()]
+        if found := [json.loads(file.read_text()) for file in files if file.is_file()]:
+            rows = [{row.name: run[row.name] for row in ROWS if row.name in run} for run in found]
+            measured[f"{arm.title}, {cli.resolve(options, file).epochs} epochs"] = rows
+    settings = f"{config.model}, batch {config.batch_size}, {hardware()}, precision {precision('auto')}"
+    click.echo(write_results(recipe, recipe, settings, measured))
 
 
 if __name__ == "__main__":

@@ -239,8 +239,8 @@ def apply(images: Tensor, params: AugmentationParams, config: AugmentationConfig
 
 
 def _beside(x: Tensor, value: Tensor) -> Tensor:
-    """`value` on the device of `x`; the CPU does not wait for the copy."""
-    return value.to(x.device, non_blocking=True)
+    """`value` on the device of `x`, for which the CPU does not wait, unless it is to read it."""
+    return value.to(x.device, non_blocking=x.device.type != "cpu")
 
 
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -158,9 +158,10 @@ class Group(click.Group):
 def use_all_cores() -> None:
     """Share the cores among this machine's processes: launchers ask for one thread each.
 
-    Before torch is imported, which reads it then.
+    One thread is left where a person asked for it. Before torch is imported, which reads it then.
     """
-    if int(os.environ.get("OMP_NUM_THREADS") or 1) <= 1:
+    launched = {"LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+    if int(os.environ.get("OMP_NUM_THREADS") or 1) <= 1 and (launched or "OMP_NUM_THREADS" not in os.environ):
         affinity = getattr(os, "sched_getaffinity", None)
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

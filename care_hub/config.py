@@ -116,14 +116,16 @@ class TrainConfig(DataConfig):
     projection_norm: bool = _model(True, "BatchNorm in the projection head")
 
     method: str = _method("simclr", "simclr or moco", ("simclr", "moco"))
-    weight: float = _method(1.5, "lambda, the weight of the equivariance loss; 0 = the plain method")
-    weight_start_epochs: float = _method(
-        0, "epochs before which lambda is 0 and a step costs what the plain method's does"
+    weight: float = _method(4.0, "lambda, the weight of the equivariance loss; 0 = the plain method")
+    weight_start_epochs: float | None = _method(
+        None,
+        "epochs before which lambda is 0 and a step costs what the plain method's does (default: four fifths "
+        "of --epochs; 0 with --freeze-backbone)",
     )
-    weight_warmup_epochs: float = _method(
-        12,
-        "epochs over which lambda grows from 0 to --weight, from --weight-start-epochs on; large early on, "
-        "it would slow the learning",
+    weight_warmup_epochs: float | None = _method(
+        None,
+        "epochs over which lambda grows from 0 to --weight, from --weight-start-epochs on (default: a "
+        "quarter of what is left)",
     )
     train_simclr: bool = _method(False, "the plain method, as --weight 0")
     equiv_splits: int = _method(8, "groups in the global batch; the images of a group share one augmentation")
@@ -148,7 +150,7 @@ class TrainConfig(DataConfig):
         False, "InfoNCE on a head of its own, which may ignore the augmentation; the exported one rotates"
     )
     steering_uniformity: float = _method(
-        0.33,
+        0.1,
         "of a steering head: how much its embeddings spread, views of one image too, relative to --weight",
     )
     steering_temperature: float = _method(0.2, "temperature of --steering-uniformity")
@@ -182,7 +184,7 @@ class TrainConfig(DataConfig):
     equivariance_blur: float | None = _augment(None, "of the equivariance views, if not --blur")
     equivariance_flip: float | None = _augment(None, "of the equivariance views, if not --flip")
 
-    epochs: int = _optim(12, "passes over the training images")
+    epochs: int = _optim(20, "passes over the training images")
     batch_size: int = _optim(64, "images per micro-batch over all processes together")
     gradient_accumulation: int = _optim(
         None,
@@ -288,10 +290,11 @@ class TrainConfig(DataConfig):
                 raise CareHubError(f"`{kind}{name}` must lie in {interval}, got {value}.")
 
     def _check_equivariance(self) -> None:
-        start = f"`weight_start_epochs={self.weight_start_epochs:g}`"
-        if self.weight_start_epochs >= self.epochs:
+        begin, _ = self.weight_epochs
+        start = f"`weight_start_epochs={begin:g}`"
+        if begin >= self.epochs:
             raise CareHubError(f"{start} leaves none of `epochs={self.epochs}` to the equivariance loss.")
-        if self.weight_start_epochs and self.loss_subtype == "none":
+        if begin and self.loss_subtype == "none":
             raise CareHubError(f"`loss_subtype='none'` with {start} leaves no loss before that; change one.")
         own = [f"equivariance_{name}" for name in self.equivariance_augmentation]
         own += ["equivariance_crop='shared'"] * (self.equivariance_crop == "shared")
@@ -375,6 +378,14 @@ class TrainConfig(DataConfig):
         return {name: value for name, value in given.items() if value is not None}
 
     @property
+    def weight_epochs(self) -> tuple[float, float]:
+        """Epochs before lambda, and those over which it grows: by default it comes in the last fifth."""
+        late = not self.freeze_backbone and self.loss_subtype != "none"
+        start, warmup = self.weight_start_epochs, self.weight_warmup_epochs
+        start = (self.epochs * 4 / 5 if late else 0) if start is None else start
+        return start, (self.epochs - start) / 4 if warmup is None else warmup
+
+    @property
     def steers_alone(self) -> bool:
         """Whether there is no InfoNCE: its own head would serve nothing where the backbone is frozen."""
         return self.steering_head and self.freeze_backbone and self.weight > 0
@@ -387,7 +398,9 @@ class TrainConfig(DataConfig):
     def published(self) -> dict[str, Any]:
         """The options that mean something elsewhere, for a run's public record."""
         public = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["published"]}
-        return public | {"init": self.init and source_name(self.init)}
+        start, warmup = self.weight_epochs
+        given = {"weight_start_epochs": start, "weight_warmup_epochs": warmup}
+        return public | given | {"init": self.init and source_name(self.init)}
 
 
 @dataclass
@@ -521,8 +534,9 @@ def check_numbers(config: DataConfig, positive: str = "", at_least_0: str = "") 
         if value is not None and value <= 0:
             raise CareHubError(f"`{name}` must be positive, got {value}.")
     for name in at_least_0.split():
-        if getattr(config, name) < 0:
-            raise CareHubError(f"`{name}` can't be negative, got {getattr(config, name)}.")
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise CareHubError(f"`{name}` can't be negative, got {value}.")
 
 
 def typed_options(config_class: type[DataConfig], values: dict[str, Any]) -> dict[str, Any]:
@@ -718,6 +732,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         if name not in known:
             near = f"; give {PUBLIC_CODE[name]}" if name in PUBLIC_CODE else suggest(name, known)
             raise CareHubError(f"the configuration '{path}' has an unknown option '{name}'{near}.")
+    if "dry_run" in data:  # as in the file of a run; in those of version 0.1.0 lambda did not start late
+        data.setdefault("weight_start_epochs", 0)
     return data
 
 

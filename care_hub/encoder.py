@@ -145,7 +145,7 @@ class Encoder(nn.Module):
         if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
             raise CareHubError(f"images must be (B, 3, S, S) here, got {tuple(x.shape)}; see `encode`.")
         model = self.evaluating()
-        x = x.to(self.device, non_blocking=True)
+        x = x.to(self.device, non_blocking=self.device.type != "cpu")  # which would read what has not come
         kind = next(self.parameters()).dtype
         x = x.to(kind) / 255 if x.dtype == torch.uint8 else x.to(kind)
         x = augment.normalize(x, self.config.mean, self.config.std)

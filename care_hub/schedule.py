@@ -30,10 +30,11 @@ class Plan:
         per_epoch = images // per_step
         steps = config.epochs * per_epoch
         stop = min(steps, config.max_steps or steps)
-        weight_warmup = 0 if config.steers_alone else config.weight_warmup_epochs * per_epoch
-        warmup = config.warmup_epochs * per_epoch
-        weight_start = min(round(config.weight_start_epochs * per_epoch), steps - 1)
-        return cls(per_epoch, steps, stop, round(warmup), weight_start, round(weight_warmup))
+        warmup = round(config.warmup_epochs * per_epoch)
+        start, growth = (round(epochs * per_epoch) for epochs in config.weight_epochs)
+        return cls(
+            per_epoch, steps, stop, warmup, min(start, steps - 1), 0 if config.steers_alone else growth
+        )
 
     def price(self, config: TrainConfig, since: int = 0) -> float:
         """What the run costs from step `since` on, in steps of the plain method.

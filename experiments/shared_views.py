@@ -112,7 +112,7 @@ def run(name: str, seed: int, root: Path, epochs: int) -> dict[str, float]:
     """Train and evaluate, unless that is done; returns the figures by the names in COLUMNS."""
     folder, way = root / f"{name.replace(' ', '-').replace(',', '')}-{seed}", WAYS[name]
     if not (folder / "results.json").is_file():
-        options = {"epochs": epochs} | way.options
+        options = {"epochs": epochs, "weight": 1.5, "weight_start_epochs": 0} | way.options
         options |= {"weight_warmup_epochs": options["epochs"], "knn_every": 0}
         config = TrainConfig(seed=seed, save_root=str(root), run_name=folder.name, **options)
         make_views = SharedViews(way.view_params) if way.view_params else trainer.make_views

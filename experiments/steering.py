@@ -6,7 +6,7 @@
 Trains recipes/cifar10_small.yaml, but for the options of each arm, on four fifths of the training images;
 kNN, linear probe and the same-image retrieval of colors are measured on the other fifth. An arm and seed
 that is in the JSON is not repeated. Prints means over the seeds as a Markdown table. What was found is
-recorded in results/tried/cifar10_steering.json.
+recorded in results/tried/cifar10_steering.json (runs on a GPU without their probe, which was faulty then).
 """
 
 import json
@@ -73,6 +73,17 @@ class Detached(SimCLR):
         return [gather(half) for half in F.normalize(z, dim=1).chunk(2)]
 
 
+class Slowed(SimCLR):
+    """A tenth of what the steering head learns reaches the backbone."""
+
+    def embed(self, views: Tensor, contrastive: bool = False) -> Sequence[Tensor]:
+        if contrastive or self.encoder.projection is None:
+            return super().embed(views, contrastive)
+        features = self.encoder.features(views)
+        z = self.encoder.projection(features.detach().lerp(features, 0.1))
+        return [gather(half) for half in F.normalize(z, dim=1).chunk(2)]
+
+
 @dataclass(frozen=True)
 class Arm:
     """Options beside those of the recipe, and the method if it isn't that of the package."""
@@ -90,10 +101,20 @@ VIEWS: dict[str, Any] = {
     "equivariance_blur": 0.0,
     "equivariance_flip": 0.0,
 }
+FIRST = {  # of what was tried, before the recipe was what came of it
+    "steering_head": False,
+    "projection_hidden": 512,
+    "equiv_splits": 4,
+}
 ONE_HEAD = VIEWS | {"weight": 1.5, "weight_warmup_epochs": 1}
 C = ONE_HEAD | {"steering_head": True, "steering_uniformity": 1 / 3, "steering_temperature": 0.2}
 ALL_IMAGES: dict[str, Any] = {"equivariant_batch_size": None, "equiv_splits": 8}
 WEAK = {"jitter": (0.1, 0.1, 0.1, 0.02), "grayscale": 0.0}
+MEDIUM = {"jitter": (0.2, 0.2, 0.2, 0.05), "grayscale": 0.1}
+HUE = {"equivariance_jitter": (0.2, 0.2, 0.2, 0.5)}
+T = C | {"steering_temperature": 0.1}
+NO_COLOR = {"jitter_p": 0.0, "grayscale": 0.0}
+WIDE = {"projection_hidden": 1024}
 ARMS = {
     "twin": Arm({"weight": 0.0}),
     "A": Arm(ONE_HEAD | WEAK),
@@ -119,6 +140,57 @@ ARMS = {
     "stop-gradient": Arm(C, Detached),
     "lambda in the last third": Arm(C | {"weight_start_epochs": 2, "weight_warmup_epochs": 0.25}),
     "weak contrastive color": Arm(C | WEAK),
+    # On from the temperature, which did most.
+    "t": Arm(T),
+    "t 0.05": Arm(T | {"steering_temperature": 0.05}),
+    "t, weight 0.5": Arm(T | {"weight": 0.5}),
+    "t, weight 4": Arm(T | {"weight": 4.0}),
+    "t, uniformity 1": Arm(T | {"steering_uniformity": 1.0}),
+    "t, uniformity 0.1": Arm(T | {"steering_uniformity": 0.1}),
+    "t, weight 0.5, uniformity 1": Arm(T | {"weight": 0.5, "steering_uniformity": 1.0}),
+    "t 0.05, weight 0.5": Arm(T | {"weight": 0.5, "steering_temperature": 0.05}),
+    "t, hue first": Arm(T | HUE),
+    "t, hue alone": Arm(T | {"equivariance_jitter": (0.0, 0.0, 0.0, 0.5)}),
+    "t, hue first, all images": Arm(T | HUE | ALL_IMAGES),
+    "t, all images, 4 groups of 16": Arm(T | ALL_IMAGES | {"equiv_splits": 4}),
+    "t, all images": Arm(T | ALL_IMAGES),
+    "t, heads 512-256": Arm(T | {"projection_dim": 256}),
+    "t, heads 512-32": Arm(T | {"projection_dim": 32}),
+    "t, heads 1024-128": Arm(T | {"projection_hidden": 1024}),
+    "t, 2 groups of 16": Arm(T | {"equiv_splits": 2}),
+    "t, 8 groups of 4": Arm(T | {"equiv_splits": 8}),
+    "t, crops shared": Arm(T | {"equivariance_crop": "shared"}),
+    "t, stop-gradient": Arm(T, Detached),
+    "t 0.05, stop-gradient, heads 1024-128": Arm(
+        T | {"steering_temperature": 0.05, "projection_hidden": 1024}, Detached
+    ),
+    "t, a tenth of the gradient": Arm(T, Slowed),
+    "t 0.05, a tenth of the gradient": Arm(T | {"steering_temperature": 0.05}, Slowed),
+    "t, lambda in the last half": Arm(T | {"weight_start_epochs": 1.5, "weight_warmup_epochs": 0.25}),
+    "t, weight 4, lambda in the last third": Arm(
+        T | {"weight": 4.0, "weight_start_epochs": 2, "weight_warmup_epochs": 0.25}
+    ),
+    "t, weight 0.5, 2 groups of 16, heads 1024-128": Arm(T | WIDE | {"weight": 0.5, "equiv_splits": 2}),
+    "t, weight 1, 2 groups of 16, heads 1024-128": Arm(T | WIDE | {"weight": 1.0, "equiv_splits": 2}),
+    "t, weight 0.5, 1 group of 32, heads 1024-128": Arm(T | WIDE | {"weight": 0.5, "equiv_splits": 1}),
+    "t, weight 0.5, all images, 2 groups of 32, heads 1024-128": Arm(
+        T | WIDE | ALL_IMAGES | {"weight": 0.5, "equiv_splits": 2}
+    ),
+    "A, all images, 4 groups of 16": Arm(ONE_HEAD | WEAK | ALL_IMAGES | {"equiv_splits": 4}),
+    "A, all images, 2 groups of 32, heads 1024-128": Arm(
+        ONE_HEAD | WEAK | ALL_IMAGES | WIDE | {"equiv_splits": 2}
+    ),
+    "t, weak contrastive color, 2 groups of 16, heads 1024-128": Arm(T | WEAK | WIDE | {"equiv_splits": 2}),
+    "t, no contrastive color, 2 groups of 16, heads 1024-128": Arm(T | NO_COLOR | WIDE | {"equiv_splits": 2}),
+    "t, no contrastive color, all images, 4 groups of 16, heads 1024-128": Arm(
+        T | NO_COLOR | WIDE | ALL_IMAGES | {"equiv_splits": 4}
+    ),
+    "A, hue first": Arm(ONE_HEAD | WEAK | HUE),
+    "A, weight 4": Arm(ONE_HEAD | WEAK | {"weight": 4.0}),
+    "A, all images": Arm(ONE_HEAD | WEAK | ALL_IMAGES),
+    "D": Arm(ONE_HEAD | MEDIUM),
+    "t, medium contrastive color": Arm(T | MEDIUM),
+    "t, weak contrastive color": Arm(T | WEAK),
 }
 
 
@@ -132,19 +204,22 @@ def steering(encoder: Encoder, images: Tensor) -> dict[str, float]:
 def run(arm: Arm, folder: Path, splits: tuple[Images, Images], options: dict[str, Any]) -> dict[str, float]:
     """Train and measure one arm; a training that was killed goes on."""
     place = {"save_root": str(folder.parent), "run_name": folder.name, "resume": "auto", "knn_every": 0}
-    config = TrainConfig(**read_yaml(RECIPE) | arm.options | options | place)
+    config = TrainConfig(**read_yaml(RECIPE) | FIRST | arm.options | options | place)
     if arm.shared:
         config.views = "shared"  # which TrainConfig refuses
     with patch.multiple(trainer, load_splits=lambda *_, **__: splits, SimCLR=arm.method):
         results = trainer.train(config)
-    encoder = Encoder.from_pretrained(folder)
+    accelerator = inference_accelerator()
+    encoder = Encoder.from_pretrained(folder).to(accelerator.device)
     probe = EvalConfig(encoder=str(folder), dataset_name="cifar10")
-    (head,) = linear_probe(encoder, *labeled("cifar10", *splits), inference_accelerator(), probe)
+    (head,) = linear_probe(encoder, *labeled("cifar10", *splits), accelerator, probe)
     pixels = splits[1].take(torch.arange(IMAGES)).pixels
     return results | {"probe": head.metrics["top1"]} | steering(encoder, pixels)
 
 
-def cell(values: list[float]) -> str:
+def cell(values: list[float | None]) -> str:
+    if None in values:
+        return "–"
     mean = f"{statistics.mean(values):.3g}"
     return f"{mean} ± {statistics.stdev(values):.2g}" if len(values) > 1 else mean
 
@@ -171,7 +246,9 @@ def main(data_root: str, only: tuple[str, ...], seeds: tuple[int, ...], epochs: 
     click.echo("| | " + " | ".join(COLUMNS.values()) + " |\n" + "|---" * (1 + len(COLUMNS)) + "|")
     for name in only or ARMS:
         rows = [found[f"{name}, {epochs} epochs, seed {seed}"] for seed in seeds]
-        click.echo(f"| {name} | " + " | ".join(cell([row[key] for row in rows]) for key in COLUMNS) + " |")
+        click.echo(
+            f"| {name} | " + " | ".join(cell([row.get(key) for row in rows]) for key in COLUMNS) + " |"
+        )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ TORCHRUN = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc_pe
 PHOTO = Image.radial_gradient("L").convert("RGB")  # the one in a model card
 IMAGES = np.random.RandomState(0).randint(0, 256, (3, 32, 32, 3)).astype(np.uint8)
 TINY = (
+    *("--weight-start-epochs", "0"),  # so that a few steps see every loss
     *("--batch-size", "16", "--equiv-splits", "4", "--projection-hidden", "32", "--projection-dim", "16"),
     *("--knn-bank", "200", "--mixed-precision", "no"),
 )

@@ -1,5 +1,7 @@
 """The command line: options by group, flags before files before defaults, errors that speak flags."""
 
+import os
+
 import click
 import datasets
 import pytest
@@ -180,3 +182,17 @@ def test_import_and_help_are_light():
     run("python", "-c", code)
     for words in (["--help"], ["embed", "--help"]):
         assert "Usage" in run("python", "-c", "from care_hub.cli import main; main()", *words).stdout
+
+
+def test_all_cores_are_used_unless_a_person_asked_for_one_thread(monkeypatch):
+    cores = str(len(os.sched_getaffinity(0)))
+    for given, launched, expected in [
+        (None, {}, cores),
+        ("1", {}, "1"),
+        ("1", {"LOCAL_WORLD_SIZE": "1"}, cores),  # which torchrun asked for
+        ("3", {"LOCAL_WORLD_SIZE": "1"}, "3"),
+    ]:
+        for name, value in {"LOCAL_WORLD_SIZE": None, "OMP_NUM_THREADS": given, **launched}.items():
+            monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+        cli.use_all_cores()
+        assert os.environ["OMP_NUM_THREADS"] == expected

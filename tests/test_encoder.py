@@ -120,6 +120,9 @@ def test_results_as_users_of_other_libraries_expect_them(encoder, images):
 def test_encoding_on_another_device_leaves_the_encoder_where_it_is(encoder, images):
     z = encoder.encode(images, device="cuda", convert_to_tensor=True)
     assert z.device.type == "cuda" and encoder.device.type == "cpu"
+    many = torch.randint(0, 256, (500, 3, 32, 32), dtype=torch.uint8)
+    for _ in range(20):  # images that lie on the GPU have arrived before a CPU reads them
+        torch.testing.assert_close(encoder.embed(many.cuda()), encoder.embed(many))
     np.testing.assert_allclose(z.cpu().numpy(), encoder.encode(images), atol=1e-3)
 
 

@@ -28,6 +28,8 @@ def test_a_plan_counts_optimizer_steps():
         TrainConfig(batch_size=16, epochs=2, weight_start_epochs=1.99, weight_warmup_epochs=0.5), 96
     )
     assert (late.weight_start, late.weight_warmup) == (11, 3)  # one step of twelve is left
+    usual = Plan.of(TrainConfig(batch_size=16, epochs=5), 160)
+    assert (usual.weight_start, usual.weight_warmup) == (40, 2)  # the last fifth, and a quarter of that
     with pytest.raises(CareHubError, match="31 training images are fewer than the 32"):
         Plan.of(config, 31)
 
@@ -48,7 +50,7 @@ def test_a_plan_counts_optimizer_steps():
     ],
 )
 def test_the_price_of_a_run_in_steps_of_the_plain_method(options, price):
-    config = TrainConfig(batch_size=16, epochs=4, **options)
+    config = TrainConfig(**{"batch_size": 16, "epochs": 4, "weight_start_epochs": 0} | options)
     plan = Plan.of(config, 160)
     assert plan.price(config) == pytest.approx(price)
     middle = 12

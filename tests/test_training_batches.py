@@ -93,7 +93,9 @@ def images(request):
 
 def views_of(images, processes=1, augmentation=AUGMENTATION, **options):
     """For each of four steps the pairs of views of the global batch of 16, (2, 16 or fewer, 3, 24, 24)."""
-    config = TrainConfig(**({"batch_size": 16, "equiv_splits": 4, "epochs": 2} | options))
+    config = TrainConfig(
+        **{"batch_size": 16, "equiv_splits": 4, "epochs": 2, "weight_start_epochs": 0} | options
+    )
     plan, steps = Plan.of(config, len(images)), []
     for rank in range(processes):
         shares = (images, augmentation, 0, rank, processes)

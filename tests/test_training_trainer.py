@@ -55,7 +55,7 @@ def test_a_run_leaves_all_that_was_promised(tiny_run):
 
 def test_lambda_grows_in_a_run(tiny_run):
     weights = [r["weight"] for r in metrics(tiny_run) if "loss" in r]
-    step = TrainConfig.weight / (TrainConfig.weight_warmup_epochs * (5000 // 16))
+    step = TrainConfig.weight / (TrainConfig.epochs / 4 * (5000 // 16))
     assert weights == pytest.approx([step * k for k in range(1, 7)])
 
 

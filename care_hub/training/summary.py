@@ -25,10 +25,11 @@ def plan_text(
     method = config.method_name
     if config.weight:
         method += f", weight {config.weight:g}"
-        if config.weight_start_epochs:
-            method += f" after {config.weight_start_epochs:g} epochs"
-        if config.weight_warmup_epochs and not config.steers_alone:
-            method += f" growing over {config.weight_warmup_epochs:g} epochs"
+        start, growth = config.weight_epochs
+        if start:
+            method += f" after {start:.3g} epochs"
+        if growth and not config.steers_alone:
+            method += f" growing over {growth:.3g} epochs"
         method += f", {config.equiv_splits} groups" + ", steering head" * config.steering_head
     if config.method == "moco":
         method += f", queue {config.queue_for(len(train)):,}"

@@ -1,0 +1,137 @@
+"""Figures of runs: kept in results/*.json, shown as tables in docs/results.md.
+
+A file of results has `recipe` (the heading), `settings` (words), and `arms`: title -> [{name of a row: value}
+for each seed].
+"""
+
+import json
+import platform
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from care_hub.files import write_text
+from care_hub.metrics import METRICS
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+Arms = dict[str, list[dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table."""
+
+    name: str  # in results/<recipe>.json
+    metric: str  # in METRICS: which values are better
+    digits: int
+    title: str = ""  # where that of the metric does not say enough
+
+    @property
+    def heading(self) -> str:
+        metric = METRICS[self.metric]
+        return self.title or f"{metric.title}, {metric.unit}".removesuffix(", ")
+
+    @property
+    def sign(self) -> int:
+        """1 where higher values are better, -1 where lower ones are, 0 where neither is."""
+        return {"higher": 1, "lower": -1, "": 0}[METRICS[self.metric].better]
+
+
+ROWS = (
+    Row("label_probe", "top1", 1, "linear probe, label, %"),
+    Row("label_probe_10", "top1", 1, "same with 10 % of the labels"),
+    Row("label_probe_1", "top1", 1, "same with 1 % of the labels"),
+    Row("label_knn", "knn_top1", 1),
+    Row("label_projection", "label", 1, "label, attribute probe of the projection, %"),
+    Row("color_backbone", "color", 1, "color, attribute probe of the backbone, %"),
+    Row("color_projection", "color", 1, "color, attribute probe of the projection, %"),
+    Row("hue_backbone", "hue", 3, "mean hue, attribute probe of the backbone, R²"),
+    Row("saturation_backbone", "saturation", 3, "mean saturation, the same"),
+    Row("brightness_backbone", "brightness", 3, "mean brightness, the same"),
+    Row("hue_projection", "hue", 3, "mean hue, attribute probe of the projection, R²"),
+    Row("saturation_projection", "saturation", 3, "mean saturation, the same"),
+    Row("brightness_projection", "brightness", 3, "mean brightness, the same"),
+    Row("ratio", "rotation_invariance_ratio", 3),
+    Row("gram", "gram_deviation", 4),
+    Row("recipe_motion", "motion", 3),
+    Row("hit", "hit_at_1", 1),
+    Row("hit_unrotated", "hit_at_1_unrotated", 1),
+    Row("color_rotation_invariance_ratio", "rotation_invariance_ratio", 3, "color, rotation / invariance"),
+    Row("color_motion", "motion", 3, "color, motion"),
+    Row("color_same_image_hit_at_1", "same_image_hit_at_1", 1, "color, same image, found by R f(x), %"),
+    Row("color_same_image_mrr", "same_image_mrr", 3, "the same, mean reciprocal rank"),
+    Row("color_same_image_hit_at_1_linear", "same_image_hit_at_1_linear", 1, "found by a linear map, %"),
+    Row("hue_same_image_hit_at_1", "same_image_hit_at_1", 1, "hue, same image, found by R f(x), %"),
+    Row("hue_same_image_mrr", "same_image_mrr", 3, "the same, mean reciprocal rank"),
+    Row("hue_motion", "motion", 3, "hue, motion"),
+    # Invariance would do best at both: only how near they are says something.
+    Row(
+        "color_composed",
+        "cosine_unrotated",
+        3,
+        "two changes of color, cosine of R_b R_a f(x) with f(b(a(x)))",
+    ),
+    Row("color_fitted", "cosine_unrotated", 3, "the same of the fitted R_ba f(x)"),
+    Row("crop_rotation_invariance_ratio", "rotation_invariance_ratio", 3, "crop, rotation / invariance"),
+    Row("price", "training_seconds", 0, "price, steps of λ = 0"),
+    Row("training_minutes", "training_seconds", 1, "minutes of training"),
+    Row("images_per_second", "images_per_second", 0),
+)
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = ", ".join(sorted({line.split(":")[1].strip() for line in lines})) or model
+    return f"CPU ({model}), torch {torch.__version__}"
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Markdown of one file of results: means and standard deviations over the seeds."""
+    arms: Arms = summary["arms"]
+    few, many = min(map(len, arms.values())), max(map(len, arms.values()))
+    seeds = f"{few} to {many} seeds" if few < many else f"{many} seed{'s' if many > 1 else ''}"
+    lines = [f"**{summary['recipe']}** ({summary['settings']}; {seeds})", ""]
+    lines += ["| | " + " | ".join(arms) + " |", "|---" * (1 + len(arms)) + "|"]
+    for row in ROWS:
+        if all(row.name in run for runs in arms.values() for run in runs):
+            values = [[run[row.name] for run in runs] for runs in arms.values()]
+            lines.append(f"| {row.heading} | " + " | ".join(cells(row, values)) + " |")
+    return "\n".join(lines)
+
+
+def cells(row: Row, values: list[list[float]]) -> list[str]:
+    """For each arm; the best is bold where it leads the second by more than the larger standard deviation."""
+    means = [statistics.mean(v) for v in values]
+    deviations = [statistics.stdev(v) if len(v) > 1 else None for v in values]
+    known = [deviation for deviation in deviations if deviation is not None]
+    texts = [
+        f"{mean:.{row.digits}f}" + ("" if deviation is None else f" ± {deviation:.{row.digits}f}")
+        for mean, deviation in zip(means, deviations, strict=True)
+    ]
+    if row.sign and len(known) == len(values) > 1:
+        *_, second, best = sorted(range(len(means)), key=lambda k: row.sign * means[k])
+        if abs(means[best] - means[second]) > max(known):
+            texts[best] = f"**{texts[best]}**"
+    return texts
+
+
+def write_results(name: str, heading: str, settings: str, arms: Arms) -> str:
+    """Write results/<name>.json and all tables between the markers of docs/results.md; returns its table."""
+    summary = {"recipe": heading, "settings": settings, "arms": arms}
+    folder, page = ROOT / "results", ROOT / "docs" / "results.md"
+    write_text(folder / f"{name}.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    files = sorted(folder.glob("*.json"), reverse=True)
+    files.sort(key=lambda file: file.name.startswith("transfer"))
+    tables = "\n\n".join(table(json.loads(file.read_text())) for file in files)
+    text = page.read_text()
+    start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
+    write_text(page, f"{text[:start]}\n{tables}\n{text[stop:]}")
+    return table(summary)

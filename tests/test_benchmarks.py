@@ -1,0 +1,75 @@
+"""Benchmarks: what is compared is what the table says, and a label that they make up follows its rule."""
+
+import importlib
+from types import ModuleType
+
+import pytest
+import torch
+from helpers import ROOT
+
+from care_hub import cli
+from care_hub.schedule import Plan
+
+IMAGES = {"shapes": 5000, "cifar10_small": 50000, "shapes_moco": 5000}
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
+
+
+def arms_and_configs(paper_table: ModuleType, recipe: str):
+    arms = paper_table.ARMS.get(recipe, paper_table.OTHERS)
+    file = str(ROOT / "recipes" / f"{recipe}.yaml")
+    options = {name: paper_table.options_of(arm, arms, file, IMAGES[recipe]) for name, arm in arms.items()}
+    return arms, {name: cli.resolve(given, file) for name, given in options.items()}
+
+
+@pytest.mark.parametrize("recipe", IMAGES)
+def test_an_arm_as_long_as_another_costs_as_many_steps(recipe, benchmark_module):
+    arms, configs = arms_and_configs(benchmark_module("paper_table"), recipe)
+    plans = {name: Plan.of(config, IMAGES[recipe]) for name, config in configs.items()}
+    price = {name: plan.price(configs[name]) for name, plan in plans.items()}
+    (longer,) = [name for name, arm in arms.items() if arm.as_long_as]
+    assert configs[longer].weight == 0 and price[longer] == plans[longer].steps
+    # A hundredth of an epoch is no reason for one more.
+    surplus = (price[longer] - price[arms[longer].as_long_as]) / plans[longer].steps_per_epoch
+    assert -0.01 < surplus < 1
+
+
+def test_arms_of_a_table_have_names_and_options_of_their_own(benchmark_module):
+    for recipe in IMAGES:
+        _, configs = arms_and_configs(benchmark_module("paper_table"), recipe)
+        assert len({str(config) for config in configs.values()}) == len(configs)
+
+
+def test_a_table_marks_what_leads_by_more_than_its_deviation(benchmark_module):
+    tables = benchmark_module("result_tables")
+    arms = {
+        "near": [{"label_knn": 50.0, "gram": 0.01}, {"label_knn": 52.0, "gram": 0.01}],
+        "ahead": [{"label_knn": 52.0, "gram": 0.02}, {"label_knn": 53.0, "gram": 0.02}],
+    }
+    text = tables.table({"recipe": "r", "settings": "s", "arms": arms})
+    assert "| kNN, label, % | 51.0 ± 1.4 | **52.5 ± 0.7** |" in text
+    assert "| Gram deviation | **0.0100 ± 0.0000** | 0.0200 ± 0.0000 |" in text
+    arms["ahead"].pop()  # of one seed nobody knows how certain it is
+    text = tables.table({"recipe": "r", "settings": "s", "arms": arms})
+    assert "**r** (s; 1 to 2 seeds)" in text and "| kNN, label, % | 51.0 ± 1.4 | 52.0 |" in text
+
+
+def test_the_color_of_an_image_is_that_of_its_middle(benchmark_module):
+    transfer = benchmark_module("transfer")
+    middles = {
+        "black": (40, 0, 60),
+        "gray": (120, 125, 130),
+        "white": (250, 245, 240),
+        "red": (200, 20, 10),
+        "orange": (220, 160, 20),
+        "green": (20, 180, 60),
+        "blue": (20, 60, 200),
+        "pink": (230, 60, 180),
+    }
+    images = torch.full((len(middles), 3, 32, 32), 255, dtype=torch.uint8)
+    images[:, :, 8:24, 8:24] = torch.tensor([*middles.values()], dtype=torch.uint8)[:, :, None, None]
+    assert [transfer.COLORS[k] for k in transfer.central_colors(images)] == [*middles]
