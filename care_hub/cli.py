@@ -173,20 +173,26 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def options_of(config_class: type[DataConfig]) -> Callable[[Function], Function]:
-    """One click option for each field of a dataclass of options."""
+def options_of(config_class: type[DataConfig], required: bool = True) -> Callable[[Function], Function]:
+    """One click option for each field of a dataclass of options; none must be given unless `required`."""
 
     def decorate(command: Function) -> Function:
         for option in reversed(dataclasses.fields(config_class)):
-            command = _option_of(option, typing.get_type_hints(config_class)[option.name])(command)
+            hint = typing.get_type_hints(config_class)[option.name]
+            command = _option_of(option, hint, required)(command)
         return command
 
     return decorate
 
 
-def _option_of(option: dataclasses.Field, hint: Any) -> Callable[[Function], Function]:
+def _option_of(option: dataclasses.Field, hint: Any, required: bool) -> Callable[[Function], Function]:
     about, default = option.metadata, option.default
-    settings = {"help": about["help"], "default": default, "required": default == "", "cls": Option}
+    settings = {
+        "help": about["help"],
+        "default": default,
+        "required": required and default == "",
+        "cls": Option,
+    }
     settings |= {"group": about["group"], "show_default": default != ""}
     name = flag(option.name)
     kinds = kinds_of(hint)
@@ -340,6 +346,77 @@ def equivariance(encoders: tuple[str, ...], **options: Any) -> None:
 
 
 @main.command()
+@click.argument("encoder")
+@click.option("--images", type=PATH, help="a folder of images, instead of a data set")
+@options_of(DataConfig, required=False)
+@click.option(
+    "--transform",
+    "transforms",
+    metavar="NAME[=STRENGTH,...]",
+    multiple=True,
+    help="brightness=0.7,1.4, or a chain: brightness=1.4+blur=4 (default: all transformations); repeatable",
+)
+@click.option(
+    "--pairs",
+    metavar="NAME BEFORE AFTER",
+    nargs=3,
+    multiple=True,
+    help="a change of your own: two folders, or two files of embeddings, with the same names; repeatable",
+)
+@click.option("--limit", type=click.IntRange(min=4), default=2000, help="images at most, half of them to fit")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="of the choice of images")
+@click.option("--output-dir", type=PATH, help="a folder for a copy of the encoder with its rotations")
+def rotations(encoder: str, images: str | None, **options: Any) -> None:
+    """Fit a rotation to each of several transformations of images, measure them, and save them with ENCODER.
+
+    Transformations: brightness, contrast, saturation, hue, blur, grayscale, crop, flip, rotation, jpeg,
+    gamma, white_balance. Images of a data set are those of its test split, if it has one.
+    """
+    from .report.tables import rotations_text
+    from .steering.fitting import rotations as fit_rotations
+
+    data = {f.name: (options.pop(f.name), f.default) for f in dataclasses.fields(DataConfig)}
+    given = {name: value for name, (value, default) in data.items() if value != default}
+    if images and given:
+        raise CareHubError(f"`images` needs no `{next(iter(given))}`; leave one of them out.")
+    if found := fit_rotations(encoder, images, DataConfig(**given) if given else None, **options):
+        print(rotations_text(found))
+
+
+@main.command()
+@click.argument("embeddings", nargs=-1, required=True, type=PATH)
+@click.option("--query", required=True, type=PATH, help="an image")
+@click.option("--encoder", help="default: the one that the embeddings name")
+@click.option(
+    "--steer",
+    metavar="NAME=STRENGTH",
+    multiple=True,
+    help="turn the query by a rotation of the encoder, as brightness=1.4; repeatable, first to last",
+)
+@click.option(
+    "--ignore", metavar="NAME,...", default="", help="what these transformations change does not count"
+)
+@click.option("--match", metavar="NAME,...", default="", help="only what these transformations change counts")
+@click.option("-k", type=AT_LEAST_1, default=10, help="images to find")
+@click.option("--force", is_flag=True, help="steer also by what was found not steerable")
+@click.option("-o", "--output", type=PATH, help="an HTML page with the images")
+def search(embeddings: tuple[str, ...], query: str, output: str | None, **options: Any) -> None:
+    """Find the images nearest to a query in EMBEDDINGS, .parquet of `care-hub embed`: path, similarity."""
+    from .steering.search import search as find
+
+    for name in ("ignore", "match"):
+        options[name] = [word.strip() for word in options[name].split(",") if word.strip()]
+    hits = find(embeddings, query, **options)
+    if output:
+        from .report.sheet import write_sheet
+
+        words = [Path(query).name, *options["steer"]]
+        write_sheet(query, ", ".join(words), [(hit.file, hit.path, hit.similarity) for hit in hits], output)
+    for hit in hits:
+        print(f"{printable(hit.path)}\t{hit.similarity:.4f}")
+
+
+@main.command()
 @click.argument("checkpoint", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--dataset-name", help="what it was trained on, where the checkpoint does not say")
@@ -398,8 +475,12 @@ def list_command(wildcard: str, pretrained: bool, hub: bool, author: str | None)
 
 
 def _entry_line(entry: Any) -> str:
+    from .hub.rotation_set import read_rotations
+
     metrics = ", ".join(f"{k} {v:.1f} %" for k, v in entry.metrics.items())
-    return f"{entry.name}  ({', '.join(filter(None, (entry.repo_id, metrics, entry.license)))})"
+    rotations = read_rotations(entry.folder) if entry.folder else None
+    steered = f"steered by {' and '.join(rotations.steerable)}" if rotations and rotations.steerable else ""
+    return f"{entry.name}  ({', '.join(filter(None, (entry.repo_id, metrics, steered, entry.license)))})"
 
 
 @main.command()
@@ -412,6 +493,7 @@ def info(source: str, revision: str | None) -> None:
     from .hub.export import check_sums, read_config
     from .hub.linear_head import read_heads
     from .hub.registry import locate
+    from .hub.rotation_set import read_rotations
 
     folder = locate(source, revision=revision)
     config, stored = read_config(folder)
@@ -423,6 +505,11 @@ def info(source: str, revision: str | None) -> None:
     about["linear_heads"] = {
         head.dataset: head.metrics | {"classes": len(head.class_names)} for head in read_heads(folder)
     }
+    if rotations := read_rotations(folder):
+        about["rotations"] = {
+            name: {"strengths": found.strengths, "steerable": found.steerable} | found.overall
+            for name, found in rotations.fitted.items()
+        }
     print(json.dumps(about, indent=2))
 
 

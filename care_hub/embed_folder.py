@@ -54,8 +54,14 @@ def embed_folder(
         raise CareHubError(f"the folder '{path.parent}' for the output does not exist.")
     files, names = list_images(source)
     accelerator = inference_accelerator()
-    loaded = Encoder.from_folder(locate(encoder)).to(accelerator.device)
+    located = locate(encoder)
+    loaded = Encoder.from_folder(located).to(accelerator.device)
     about = {"encoder": loaded.fingerprint, "space": space}
+    origin = {
+        "encoder_name": os.path.abspath(encoder) if os.path.isdir(encoder) else encoder,
+        "revision": located.name if located.parent.name == "snapshots" else "",  # of the Hub's cache
+        "images": os.path.abspath(source if os.path.isdir(source) else os.path.dirname(source)),
+    }
     main, rank, processes = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     folder = path.with_name(f"{path.name}.parts")
     rows = [slice(start, start + PART) for start in range(0, len(names), PART)]
@@ -72,7 +78,7 @@ def embed_folder(
                 Part(folder / f"{key}.npy", files[own], names[own])
                 for key, own in zip(keys, rows, strict=True)
             ]
-            embeddings = PartialEmbeddings(folder, about, parts)
+            embeddings = PartialEmbeddings(folder, about | origin, parts)
             if (resumed := from_main(lambda: embeddings.resume(skip_broken_images))) and main:
                 logger.info(resumed)
             mine = [part for part in parts[rank::processes] if not part.path.is_file()]
@@ -95,10 +101,42 @@ def fingerprint_of(path: str | Path) -> str | None:
 
     Raises CareHubError for any other file.
     """
+    return read_metadata(path).get("encoder")
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a file of embeddings says of itself: encoder, space, ...; nothing in .npy.
+
+    Raises CareHubError for any other file.
+    """
     try:
-        return _read_metadata(Path(path)).get("encoder")
+        return _read_metadata(Path(path))
     except (OSError, EOFError, ValueError, SafetensorError) as error:  # pyarrow's own errors are ValueErrors
         raise CareHubError(f"'{path}' is not a file of embeddings ({error}).") from error
+
+
+def read_embeddings(path: str | Path) -> tuple[list[str], np.ndarray, dict[str, str]]:
+    """What `care-hub embed` wrote to .parquet or .safetensors: names, (N, d) float32, metadata.
+
+    Raises CareHubError for any other file.
+    """
+    path = Path(path)
+    try:
+        about = _read_metadata(path)
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            table = pq.read_table(path, columns=["path", "embedding"])
+            column = table["embedding"].combine_chunks()
+            names, z = table["path"].to_pylist(), column.values.to_numpy().reshape(len(table), -1)
+        else:
+            with safe_open(path, "np") as file:
+                names, z = json.loads(about["paths"]), file.get_tensor("embeddings")
+        if z.shape[:1] != (len(names),) or z.ndim != 2 or z.dtype != np.float32 or not np.isfinite(z).all():
+            raise ValueError(f"{len(names)} names and {z.dtype} of shape {z.shape}")
+        return names, z, about
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise CareHubError(f"'{path}' is not a file of embeddings with names ({error}).") from error
 
 
 def _read_metadata(path: Path) -> dict[str, str]:

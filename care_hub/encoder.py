@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from .files import check_tensors, make_folder, own_file, read_header, read_tenso
 from .hub import export
 from .hub.push import push_folder
 from .hub.registry import locate
+from .hub.rotation_set import RotationSet, find_rotations
 from .models import SMALL, Backbone, build_backbone, feature_width, from_plain, timm_config, to_plain
 
 SPACES = ("projection", "backbone")
@@ -54,6 +55,7 @@ class Encoder(nn.Module):
         self.projection = projection_head(config.projection) if config.projection else None
         self.contrastive_head = projection_head(config.contrastive_head) if config.contrastive_head else None
         self.frozen = False  # the backbone, see `freeze_backbone`
+        self.folder: Path | None = None  # from which it was loaded
 
     @classmethod
     def new(
@@ -190,6 +192,7 @@ class Encoder(nn.Module):
         convert_to_tensor: bool = False,
         normalize: bool = False,
         device: torch.device | str | None = None,
+        ignore: Sequence[str] = (),
     ) -> Any:  # np.ndarray, or Tensor with `convert_to_tensor`
         """Embeddings of `images` as float32 (N, d), in their order.
 
@@ -199,6 +202,7 @@ class Encoder(nn.Module):
         column included. `space`: "projection" for unit vectors, "backbone" for raw features, which
         `normalize=True` scales to unit length. `device`: where to compute, by default and
         afterwards where the encoder is. `convert_to_tensor`: give a tensor there, not an array.
+        `ignore`: project out what these transformations move, see `load_rotations`; unit vectors.
         May be called from several threads, in train mode too. Raises CareHubError for whatever is
         no image.
 
@@ -221,7 +225,18 @@ class Encoder(nn.Module):
                 bar.update(len(z))
         if normalize:
             embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True).clip(1e-12)
+        if ignore:
+            embeddings = self._rotations(space).project(embeddings, ignore)
         return torch.from_numpy(embeddings).to(model.device) if convert_to_tensor else embeddings
+
+    def _rotations(self, space: str) -> RotationSet:
+        """Those beside the encoder. Raises CareHubError where there are none for `space`."""
+        if self.folder is None:
+            raise CareHubError("this encoder was not loaded from a folder, where its rotations would be.")
+        found = find_rotations(self.folder, self.folder)
+        if (found.encoder, found.space) != (self.fingerprint, space):
+            raise CareHubError("the rotations beside this encoder are of other embeddings than these.")
+        return found
 
     def stream(
         self,
@@ -338,6 +353,7 @@ class Encoder(nn.Module):
         for name, path in heads.items():
             if (module := getattr(encoder, name)) is not None:
                 export.fill(module, read_tensors(path, module.state_dict()), path)
+        encoder.folder = folder
         return encoder.eval()
 
 

@@ -21,6 +21,7 @@ from .hub.export import export_folder, plain_config
 from .hub.linear_head import LinearHead, find_head
 from .hub.push import push_folder
 from .hub.registry import entries, find_entry, locate
+from .hub.rotation_set import RotationSet, find_rotations
 from .models import Backbone, build_model, feature_width
 
 
@@ -67,6 +68,15 @@ def load_linear_head(source: str | Path, dataset: str | None = None, **hub_optio
     'circle'
     """
     return find_head(locate(source, **hub_options), dataset, source)
+
+
+def load_rotations(source: str | Path, **hub_options: Any) -> RotationSet:
+    """The named rotations beside an encoder, which `care-hub rotations` has fitted.
+
+    `hub_options`: revision, token, cache_dir, local_files_only. Raises CareHubError if there are
+    none, and if they are damaged or of other weights.
+    """
+    return find_rotations(locate(source, **hub_options), source)
 
 
 class Prediction(NamedTuple):

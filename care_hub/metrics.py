@@ -386,6 +386,7 @@ _TABLE = (
       for key, title, meaning, unit in _SAME for suffix, (short, long, better) in _MAPS.items()),
     *((f"cosine{suffix}", f"cosine, {short}", f"mean cosine of {long} with f(ax)", "", better)
       for suffix, (short, long, better) in _MAPS.items()),
+    ("cosine_between", "cosine, between", "the same with an R between those of the next weaker and stronger"),
     *((f"parameters_from_{key}{suffix}", f"parameters from {title}{space}",
        f"what a linear map reads of a's parameters from {what}{space}; 0 = nothing", "R²", "higher")
       for key, title, what in (("pair", "both", "f(x) and f(ax)"), ("view", "f(ax)", "f(ax) alone"))

@@ -177,6 +177,18 @@ class Rotation:
             power = torch.stack([_fractional_power(r, t) for r in each]).view_as(self.matrix)
         return Rotation(_nearest_orthogonal(power), self.encoder)
 
+    def toward(self, other: "Rotation", t: float) -> "Rotation":
+        """The part t of the shortest way to `other`: R1 exp(t log(R1^T R2)), the geodesic of SO(d).
+
+        For two single rotations. Where R1^T R2 has half turns (R = -1) there are several shortest ways,
+        of which one is taken, see `power`. Raises CareHubError as `power` and `@` do.
+
+        >>> start, end = Rotation(torch.eye(2)), Rotation(torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
+        >>> torch.allclose(start.toward(end, 0.5).power(2).matrix, end.matrix)
+        True
+        """
+        return self @ (self.inv() @ other).power(t)
+
     def residual(self, z: Array, z_t: Array) -> float:
         """Mean |z_t - R z|^2 over (N, d) embeddings, the rotation error where R was fitted on others.
 

@@ -14,7 +14,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, train_here
+from helpers import GOOD, SHARED, TURN, fitted, train_here
 from loopback_hub import WRITER, LoopbackHub
 from PIL import Image
 
@@ -135,3 +135,23 @@ def export(tmp_path) -> Path:
     LinearHead("shapes", torch.randn(10, 128), torch.randn(10), names, metrics).save(folder)
     write_card(folder)
     return folder
+
+
+@pytest.fixture
+def rotations(export):
+    """Those of `export`: brightness turns at a constant speed on its scale; nobody can tell a flip."""
+    import care_hub
+    from care_hub.hub.export import sha256
+    from care_hub.hub.rotation_set import RotationSet
+    from care_hub.rotation import Rotation
+
+    fits = torch.stack([TURN.power(t).matrix for t in (-1, 0.5, 1)])
+    found = {
+        "brightness": fitted("brightness", [0.5, 2**0.5, 2.0]),
+        "flip": fitted("flip", [1.0], 0.0, "switch", GOOD | {"same_image_hit_at_1": (50.0, 40.0, 60.0)}, 2),
+    }
+    matrices = {"brightness": fits, "flip": Rotation.random(16, 7).matrix[None]}
+    encoder = care_hub.load_encoder(export)
+    weights = {name: sha256(export / name) for name in ("model.safetensors", "projection.safetensors")}
+    moved = {"brightness": torch.eye(16)[:, :3], "flip": torch.eye(16)[:, 2:4]}
+    return RotationSet(found, matrices, encoder.fingerprint, "org/name", "projection", weights, moved)

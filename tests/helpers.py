@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save
 
 from care_hub import cli
+from care_hub.hub.rotation_set import FittedTransformation
+from care_hub.rotation import Rotation
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("CARE_HUB_TEST_DATA", ROOT.parent / "shared"))  # real data, where it is at hand
@@ -169,3 +171,20 @@ def measured(**attributes: float) -> dict:
     families = {"crop": crop, "grayscale": crop | {"rotation_invariance_ratio": [None, None, None]}}
     spaces = {"projection": attributes, "backbone": attributes}
     return {"images": 200, "draws": 2, "families": families, "attributes": spaces}
+
+
+GOOD = {  # measures of a transformation by which an encoder can be steered
+    "same_image_hit_at_1": (31.0, 25.0, 37.0),
+    "same_image_hit_at_1_unrotated": (0.0, 0.0, 0.0),
+    "cosine": (0.9, 0.8, 0.95),
+    "cosine_unrotated": (0.6, 0.5, 0.7),
+}
+
+TURN = Rotation.random(16, 5).power(0.1)  # of brightness 2
+
+
+def fitted(name, strengths, neutral=1.0, scale="log", overall=GOOD, candidates=50):
+    measured = [overall for _ in strengths]
+    return FittedTransformation(
+        name, "a factor", scale, neutral, strengths, measured, overall, candidates, "shapes", 2000, "0.2.0"
+    )

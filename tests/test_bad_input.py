@@ -25,6 +25,8 @@ DATA = ("--dataset-name", "imagefolder", "--data-root", "{photos}")
 TRAIN = ("train", "--dry-run", *DATA, "--image-size", "16", "--batch-size", "8", "--equiv-splits", "2")
 EVAL = ("eval_linear", "--encoder", ENCODER, *DATA)
 KNN, TURNS = ("knn", ENCODER, *DATA), ("equivariance", ENCODER, *DATA)
+ROTATE = ("rotations", "{encoder}", "--images", "{photos}")
+SEARCH = ("--query", "{photos}/test/cold/00.png")
 EMBED, CLASSIFY = ("embed", "{photos}", "--encoder", ENCODER), ("classify", "{photos}", "--encoder", ENCODER)
 
 NOT_A = {
@@ -112,6 +114,9 @@ def wrong_files():
         ("info",): set(),
         ("knn", "", *DATA): set(),
         ("equivariance", "", *DATA): set(),
+        ("rotations", "", "--images", "{photos}"): set(),
+        ("rotations", "{encoder}", "--images"): set(),
+        ("rotations", "{encoder}", "--pairs", "camera", "{photos}"): set(),
         ("embed", "{photos}", "-o", "{out}.npy", "--encoder"): set(),
         ("classify", "{photos}", "--encoder"): set(),
         ("report", "-o", "{out}.html"): set(),
@@ -157,6 +162,23 @@ OTHERS = [
     (*TURNS, "-o", "{file}"),
     (*TURNS, "-o", "{long}"),
     ("equivariance", *DATA),
+    *(("search", words, *SEARCH) for words in ("{absent}", "{empty}", "{file}", "{binary}", "{photos}")),
+    ("search", *SEARCH),
+    ("search", "{photos}"),
+    ("search", "{photos}", *SEARCH, "-k", "0"),
+    ("rotations", "{encoder}"),
+    ("rotations", "{encoder}", "--transform", "hue"),
+    ("rotations", ENCODER, "--images", "{photos}"),
+    (*ROTATE, "--dataset-name", "shapes"),
+    *(
+        (*ROTATE, "--transform", text)
+        for text in ("", "hues", "hue=", "hue=9", "hue=0", "flip=0.5", "hue=1+")
+    ),
+    (*ROTATE, "--transform", "hue", "--transform", "hue"),
+    (*ROTATE, "--pairs", "camera", "{photos}"),
+    (*ROTATE, "--limit", "3"),
+    (*ROTATE, "--seed", "-1"),
+    (*ROTATE, "--output-dir", "{file}"),
     EMBED,
     *(
         (*EMBED, "-o", out)

@@ -29,6 +29,7 @@ from care_hub.evaluate import linear
 from care_hub.hub.linear_head import LinearHead, head_files
 from care_hub.hub.registry import entries
 from care_hub.training import trainer
+from care_hub.transformations import TRANSFORMATIONS
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -99,10 +100,21 @@ def run_words(words: list[str], namespace: dict) -> None:
     elif program == "eval_linear.py" and "cifar10" in options:  # of a run that takes hours
         cli.eval_linear.make_context(program, options)
     elif program in PROGRAMS:
-        few = ["--images", "40", "--draws", "1"] if "equivariance" in options else []
-        command(PROGRAMS[program], *options, *few)
+        command(PROGRAMS[program], *options, *fewer_images(options))
     else:
         run_script(program, options)
+
+
+def fewer_images(options: list[str]) -> list[str]:
+    """What is added to the options of `care-hub`."""
+    if "equivariance" in options:
+        return ["--images", "40", "--draws", "1"]
+    if "search" in options:  # after a fit to few images
+        return ["--force"]
+    if "rotations" not in options:
+        return []
+    named = "--transform" in options or "--pairs" in options
+    return ["--limit", "8", *([] if named else ["--transform", "brightness", "--transform", "contrast"])]
 
 
 def shortened(options: list[str]) -> list[str]:
@@ -206,6 +218,12 @@ def test_links_lead_somewhere(page):
 def test_every_page_is_in_the_navigation():
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     assert {name for entry in nav for name in entry.values()} == {page.name for page in PAGES[1:]}
+
+
+def test_every_transformation_is_described():
+    text = (ROOT / "docs" / "rotations.md").read_text(encoding="utf-8")
+    for name, row in TRANSFORMATIONS.items():
+        assert f"| `{name}` | {'on or off' if row.scale == 'switch' else ''}" in text
 
 
 def test_readme_lists_every_ready_encoder():

@@ -76,7 +76,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.push_to_hub:
         check_push(config.push_to_hub)
     folder = locate(config.encoder)
-    target = _target_folder(config, folder)
+    finetuned = config.protocol == "finetune"
+    target = target_folder(config.encoder, folder, config.output_dir, new_weights=finetuned)
     accelerator = inference_accelerator()
     encoder = Encoder.from_folder(folder).to(accelerator.device)
     train, test = labeled(config.dataset_name, *open_splits(encoder, config, accelerator))
@@ -100,15 +101,18 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     return {"encoder": config.encoder, "dataset": config.data_label} | results
 
 
-def _target_folder(config: EvalConfig, folder: Path) -> Path:
-    """Where results go, made if need be. Raises CareHubError if an encoder would be lost there."""
-    if config.output_dir is None and not os.path.isdir(config.encoder):
-        raise CareHubError(f"'{config.encoder}' is not a folder of yours; results need an `output_dir`.")
-    target = make_folder(config.output_dir or folder)
+def target_folder(source: str, folder: Path, output_dir: str | None, new_weights: bool = False) -> Path:
+    """Where results on the encoder `source`, found in `folder`, go: a folder that is made if need be.
+
+    Raises CareHubError if there is none to write to, and if an encoder would be lost there.
+    """
+    if output_dir is None and not os.path.isdir(source):
+        raise CareHubError(f"'{source}' is not a folder of yours; results need an `output_dir`.")
+    target = make_folder(output_dir or folder)
     if (target / "config.json").is_file():
         export_folder(target)  # which finishes what was interrupted there
     there = target / "model.safetensors"
-    if there.is_file() and (config.protocol == "finetune" or sha256(there) != sha256(folder / there.name)):
+    if there.is_file() and (new_weights or sha256(there) != sha256(folder / there.name)):
         raise CareHubError(f"'{target}' already contains an encoder; choose another `output_dir`.")
     return target
 

@@ -16,6 +16,7 @@ from ..augment import AugmentationConfig, AugmentationParams, permutation, seede
 from ..encoder import SPACES, Encoder
 from ..errors import CareHubError
 from ..rotation import Rotation, least_squares, procrustes
+from ..transformations import FAMILIES, MAX_DEGREES, NOT_RANDOM
 from .attributes import predict_numbers
 from .features import Augmentation, embed_spaces
 
@@ -24,21 +25,6 @@ Row = dict[str, Any]  # metric -> (B,), or two of them: an error and the motion 
 
 # Leaves an image as it is.
 NOTHING = AugmentationConfig(scale=(1, 1), ratio=(1, 1), flip=0, jitter_p=0, grayscale=0, blur=0)
-FAMILIES: dict[str, dict[str, Any]] = {
-    "crop": {"scale": (0.4, 1.0), "ratio": (3 / 4, 4 / 3)},
-    "flip": {"flip": 1.0},
-    "jitter 0.2": {"jitter": (0.2, 0.2, 0.2, 0.0), "jitter_p": 1.0},
-    "jitter 0.4": {"jitter": (0.4, 0.4, 0.4, 0.0), "jitter_p": 1.0},
-    "jitter 0.8": {"jitter": (0.8, 0.8, 0.8, 0.0), "jitter_p": 1.0},
-    "hue": {"jitter": (0.0, 0.0, 0.0, 0.5), "jitter_p": 1.0},
-    "color": {"jitter": (0.4, 0.4, 0.4, 0.5), "jitter_p": 1.0},  # as a whole
-    "grayscale": {"grayscale": 1.0},
-    "blur": {"blur": 1.0},
-    "rotation": {},  # of the image, up to MAX_DEGREES either way
-    "full recipe": {},  # the augmentation of training
-}
-NOT_RANDOM = {"flip", "grayscale"}  # one of them says it all
-MAX_DEGREES = 30.0
 RESAMPLES = 200
 CHUNK = 250  # views that are embedded at once: they fit into a processor's cache
 CANDIDATE_IMAGES = 200  # so many have all the views among which that of an augmentation is to be found

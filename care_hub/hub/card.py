@@ -22,12 +22,20 @@ from ..models import SMALL
 from .evaluation_record import Record, read_record
 from .export import folder_lock, read_config
 from .linear_head import LinearHead, read_heads
+from .rotation_set import read_rotations
 
 BEGIN, END = "<!-- written by care_hub: begin -->", "<!-- written by care_hub: end -->"
 README_BYTES = 1 << 20
 OURS = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
 TAGS = ["care_hub", "timm", "equivariance", "self-supervised-learning", "contrastive-learning"]
 LICENSES = ("mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0")  # the Hub refuses unknown ones
+ROTATION_METRICS = (
+    "motion",
+    "same_image_hit_at_1",
+    "same_image_hit_at_1_linear",
+    "cosine",
+    "cosine_unrotated",
+)
 FAMILY_METRICS = (
     "motion",
     "same_image_hit_at_1",
@@ -170,6 +178,8 @@ def _written(folder: Path, name: str | None) -> tuple[ModelCardData, str]:
         family_metrics=FAMILY_METRICS,
         families=record.get("equivariance", {}),
         metrics=METRICS,
+        rotations=read_rotations(folder),
+        rotation_metrics=ROTATION_METRICS,
         settings=yaml.safe_dump(plain_values(config.training), sort_keys=False).strip(),
     )
     return _metadata(config, title, rows), re.sub(r"\n{3,}", "\n\n", text).strip()

@@ -24,6 +24,7 @@ FILES = [
     "projection.safetensors",
     "contrastive_head.safetensors",
     "linear_head.*.safetensors",
+    "rotations.safetensors",
     "evaluation.json",
 ]
 NESTED = ["*/*", "*\\*"]  # an export has no sub-folders; what a repository has in some is not fetched

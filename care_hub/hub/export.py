@@ -100,6 +100,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def content_sum(tensors: Iterable[Tensor], about: dict[str, str]) -> str:
+    """sha256 of what a file with such tensors and metadata says, in hexadecimal."""
+    said = [(key, value) for key, value in sorted(about.items()) if key not in ("format", "sha256")]
+    numbers = [tensor.float().cpu().contiguous().numpy().tobytes() for tensor in tensors]
+    return hashlib.sha256(b"".join([json.dumps(said).encode(), *numbers])).hexdigest()
+
+
 def check_sums(folder: Path, sums: dict[str, str]) -> None:
     """Raise CareHubError if a file in `folder` has another sha256 than in `sums`; some may be absent."""
     for path in filter(lambda path: path.name in sums, folder.iterdir()):

@@ -1,6 +1,5 @@
 """Linear heads on frozen features: a file for each data set, beside the encoder they belong to."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from ..errors import CareHubError
 from ..files import make_folder, own_file, read_header, read_tensors, write_tensors, write_text
 from ..schema import check_type
 from .evaluation_record import Metrics
-from .export import READ_ERRORS, folder_lock, read_config, sha256
+from .export import READ_ERRORS, content_sum, folder_lock, read_config, sha256
 
 PREFIX = "linear_head."
 Features = TypeVar("Features", Tensor, np.ndarray)
@@ -51,7 +50,7 @@ class LinearHead:
         path = make_folder(folder) / head_file_name(self.dataset)
         metadata = {"dataset": self.dataset, "encoder": self.encoder}
         metadata |= {"class_names": json.dumps(self.class_names), "metrics": json.dumps(self.metrics)}
-        metadata["sha256"] = _content_sum(self.weight, self.bias, metadata)
+        metadata["sha256"] = content_sum([self.weight, self.bias], metadata)
         tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
         config = path.with_name("config.json")
         with folder_lock(path.parent):
@@ -84,20 +83,14 @@ class LinearHead:
             raise CareHubError(f"'{path}' contradicts itself: {shape}, {bias_shape}, {classes} classes.")
         own = {"weight": torch.empty(shape, device="meta"), "bias": torch.empty(bias_shape, device="meta")}
         tensors = {name: tensor.float() for name, tensor in read_tensors(path, own).items()}
-        if "sha256" in about and about["sha256"] != _content_sum(tensors["weight"], tensors["bias"], about):
+        values = [tensors["weight"], tensors["bias"]]
+        if "sha256" in about and about["sha256"] != content_sum(values, about):
             raise CareHubError(f"'{path}' is damaged: its sha256 is wrong; fetch it or train it again.")
         head = cls(dataset, **tensors, class_names=names, metrics=metrics, encoder=about.get("encoder", ""))
         backbone = path.parent / "model.safetensors"
         if head.encoder and own_file(backbone) and read_header(backbone) and sha256(backbone) != head.encoder:
             raise CareHubError(f"'{path}' was trained on other weights than '{backbone}'; train it again.")
         return head
-
-
-def _content_sum(weight: Tensor, bias: Tensor, about: dict[str, str]) -> str:
-    """sha256 of what the file of a head says, in hexadecimal."""
-    said = [(key, value) for key, value in sorted(about.items()) if key not in ("format", "sha256")]
-    numbers = [tensor.float().cpu().contiguous().numpy().tobytes() for tensor in (weight, bias)]
-    return hashlib.sha256(b"".join([json.dumps(said).encode(), *numbers])).hexdigest()
 
 
 def head_file_name(dataset: str) -> str:

@@ -20,6 +20,7 @@ from ..config import TrainConfig
 from ..data.images import InMemoryImages
 from ..encoder import Encoder
 from ..files import replacement
+from ..hub.rotation_set import RotationSet
 from ..metrics import METRICS, SAME_IMAGE_VIEWS
 from .tables import Results, interval, title_with_unit
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 # Okabe & Ito 2008: also color-blind readers can tell them apart.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-INK, GRID, PAPER = "#1c1f24", "#dde1e6", "#ffffff"
+INK, GRID, PAPER, FAINT = "#1c1f24", "#dde1e6", "#ffffff", "#9aa1ab"
 CURVES = ("loss", "infonce", "equivariance", "uniformity", "knn_top1", "weight", "lr", "images_per_second")
 HOLLOW = {"same_image_hit_at_1": "same_image_hit_at_1_linear", "hit_at_1": "hit_at_1_unrotated"}
 DASHED = {"same_image_hit_at_1": 100 / SAME_IMAGE_VIEWS, "rotation_invariance_ratio": 1}
@@ -39,6 +40,14 @@ PANELS = {  # metric -> how to read its panel
     "rotation_invariance_ratio": "1: a rotation explains nothing",
     "gram_deviation": "change of inner products",
     "hit_at_1": "hollow: found by f(x) itself",
+}
+ROTATION_PANELS = {  # metric -> what is hollow beside it, and how to read the panel
+    "same_image_hit_at_1": (
+        "same_image_hit_at_1_linear",
+        "line: needed to steer; hollow: a linear map",
+    ),
+    "cosine": ("cosine_unrotated", "with f(ax); hollow: of f(x)"),
+    "motion": ("", "0: the encoder ignores it"),
 }
 Runs = dict[str, tuple[list[dict[str, Any]], TrainConfig]]  # name -> rows of metrics.jsonl, options
 
@@ -194,6 +203,35 @@ def _explain_panel(axes: Axes, metric: str) -> None:
     axes.grid(axis="x")
     if metric in DASHED:
         axes.axvline(DASHED[metric], color=INK, lw=0.8, ls="--", alpha=0.6)
+
+
+def plot_rotations(rotations: RotationSet, path: Path) -> None:
+    """By transformation: whether R finds its strength, how near R leads to f(ax), how far f(ax) is.
+
+    Points are means, with 95 % intervals, faint ones those of single strengths; what is not
+    steerable is gray.
+    """
+    names = list(rotations)
+    with _figure(path, 11, 1.4 + 0.34 * len(names), dpi=120) as figure:
+        panels = figure.subplots(1, 3, sharey=True)
+        for axes, (metric, (other, xlabel)) in zip(panels, ROTATION_PANELS.items(), strict=True):
+            for y, found in enumerate(rotations.fitted.values()):
+                color = COLORS[0] if found.steerable else FAINT
+                each = [
+                    x for measured in found.measured if (x := (measured.get(metric) or [None])[0]) is not None
+                ]
+                axes.plot(each, [y] * len(each), "o", ms=3, color=color, alpha=0.4, mec="none")
+                for key, style in ((other, {"mfc": PAPER, "ms": 6.5}), (metric, {"ms": 5})):
+                    mean, low, high = found.overall.get(key) or [None] * 3
+                    if mean is not None:
+                        axes.hlines(y, low, high, color=color, lw=1.5 if key == metric else 0)
+                        axes.plot(mean, y, "o", color=color, **style)
+            axes.set(title=title_with_unit(metric), xlabel=xlabel)
+            axes.grid(axis="x")
+        needed = [found.needed for found in rotations.fitted.values()]
+        panels[0].plot(needed, range(len(names)), "|", ms=16, color=INK)
+        panels[0].set_yticks(range(len(names)), list(map(_printable, names)))
+        panels[0].set_ylim(len(names) - 0.5, -0.5)
 
 
 def plot_curves(runs: Runs, path: Path, metrics: Sequence[str] = (), legend: bool = True) -> None:

@@ -1,11 +1,12 @@
 """Results as plain text, and how numbers and their titles are written."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import printable
+from ..hub.rotation_set import RotationSet
 from ..metrics import METRICS
 
 HITS = ("hit_at_1", "hit_at_1_unrotated", "hit_at_1_random")
@@ -30,6 +31,17 @@ GEOMETRY = (
     "variance",
     "composition_invariance_ratio",
     *HITS,
+)
+ROTATIONS = (
+    "motion",
+    "same_image_hit_at_1",
+    "same_image_hit_at_1_unrotated",
+    "same_image_hit_at_1_linear",
+    "same_image_mrr",
+    "cosine",
+    "cosine_unrotated",
+    "cosine_linear",
+    "cosine_between",
 )
 
 Results = dict[str, dict[str, Any]]  # name of an encoder -> what `evaluate_equivariance` measured
@@ -116,3 +128,28 @@ def _attribute_rows(results: Results) -> list[list[str]]:
     for attribute in spaces[0][1]:
         rows.append([title_with_unit(attribute), *(number(values.get(attribute)) for _, values in spaces)])
     return rows
+
+
+def rotations_text(rotations: RotationSet) -> str:
+    """What `care-hub rotations` prints: each transformation and its strengths, and what can be steered."""
+    rows = [["transformation", "steerable", *map(title_with_unit, ROTATIONS)]]
+    for name, found in rotations.fitted.items():
+        verdict = "yes" if found.steerable else "no"
+        rows.append([name, verdict, *_means(found.overall)])
+        if len(found.strengths) > 1:
+            each = zip(found.strengths, found.measured, strict=True)
+            rows += [[f"  {strength:g}", "", *_means(measured)] for strength, measured in each]
+    meanings = [f"  {METRICS[key].title}: {METRICS[key].meaning}" for key in ROTATIONS]
+    two = [name for name, found in rotations.fitted.items() if found.candidates == 2]
+    if two:
+        meanings.append(f"  of {', '.join(map(printable, two))} there are 2 views; chance is 50 %")
+    able = ", ".join(map(printable, rotations.steerable)) or "none of these"
+    unable = [printable(name) for name in rotations if name not in rotations.steerable]
+    verdicts = [f"Embeddings can be steered by: {able}."]
+    if unable:
+        verdicts.append(f"Not steerable: {', '.join(unable)}.")
+    return "\n".join(["", text_table(rows), "", *meanings, "", *verdicts])
+
+
+def _means(measured: Mapping[str, Any]) -> list[str]:
+    return [number((measured.get(key) or [None])[0], 3) for key in ROTATIONS]
