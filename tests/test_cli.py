@@ -73,9 +73,24 @@ COMMON += " --project project_name --user sample_user --run-name test"
 SGD = "--optimizer SGD --lr 0.06 --weight-decay 5e-4 --lr-schedule-type cosine --warmup-epochs 10"
 PLAIN = "--weight 0.03 --equiv-splits 16 --optimizer Adam --train-simclr"
 PUBLISHED = [  # the public code's scripts, but for paths; what they change of a recipe; words of the plan
-    ("cifar10", "--weight 0.03 --equiv-splits 16", {}, "weight 0.03 growing over 12 epochs, 16 groups"),
-    ("cifar100", "--weight 0.001 --equiv-splits 4", {}, "weight 0.001 growing over 12 epochs, 4 groups"),
-    ("stl10", f"--weight 0.01 --equiv-splits 8 {SGD}", {}, "weight 0.01 growing over 12 epochs, 8 groups"),
+    (
+        "cifar10",
+        "--weight 0.03 --equiv-splits 16",
+        {},
+        "weight 0.03 after 320 epochs growing over 20 epochs, 16 groups",
+    ),
+    (
+        "cifar100",
+        "--weight 0.001 --equiv-splits 4",
+        {},
+        "weight 0.001 after 320 epochs growing over 20 epochs, 4 groups",
+    ),
+    (
+        "stl10",
+        f"--weight 0.01 --equiv-splits 8 {SGD}",
+        {},
+        "weight 0.01 after 320 epochs growing over 20 epochs, 8 groups",
+    ),
     ("cifar10", PLAIN, {"weight": 0.0, "train_simclr": True}, "simclr"),
 ]
 HUB_LAYOUTS: dict[str, tuple[str, dict[str, int], dict[str, int]]] = {  # image, labels, images per split
