@@ -171,6 +171,7 @@ ARMS = {
         T | {"weight": 4.0, "weight_start_epochs": 2, "weight_warmup_epochs": 0.25}
     ),
     "t, weight 0.5, 2 groups of 16, heads 1024-128": Arm(T | WIDE | {"weight": 0.5, "equiv_splits": 2}),
+    "weight 0.5, 2 groups of 16, heads 1024-128": Arm(C | WIDE | {"weight": 0.5, "equiv_splits": 2}),
     "t, weight 1, 2 groups of 16, heads 1024-128": Arm(T | WIDE | {"weight": 1.0, "equiv_splits": 2}),
     "t, weight 0.5, 1 group of 32, heads 1024-128": Arm(T | WIDE | {"weight": 0.5, "equiv_splits": 1}),
     "t, weight 0.5, all images, 2 groups of 32, heads 1024-128": Arm(

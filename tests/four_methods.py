@@ -39,6 +39,7 @@ COMMON = {
     "epochs": 8,
     "lr": 0.02,
     "weight_decay": 0.0,
+    "weight_start_epochs": 0,
     "weight_warmup_epochs": 0,
     "checkpoint_every": 13,  # within an epoch, which has 3 steps
     "mixed_precision": "no",
@@ -94,7 +95,7 @@ def train_all(save_root: str, data: dict, jobs: str) -> None:
         for name, settings in METHODS.items():
             here = {"save_root": f"{save_root}/{job}", "run_name": name, "max_steps": int(steps)}
             here["resume"] = job.endswith("resumed")
-            trainer.train(TrainConfig(**COMMON, **data, **settings, **here))
+            trainer.train(TrainConfig(**COMMON | data | settings | here))
 
 
 def member(rank: int, processes: int, port: str, *arguments) -> None:
