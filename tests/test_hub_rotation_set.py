@@ -211,6 +211,7 @@ def test_damage_is_noticed_and_what_newer_versions_add_is_not_in_the_way(rotatio
 
 
 @pytest.mark.launches
+@pytest.mark.launches
 def test_card_info_and_push_know_them(rotations, export, server):
     rotations.save(export)
     card = write_card(export).read_text()

@@ -120,6 +120,7 @@ def folder(export, photos):
 
 
 @pytest.mark.launches
+@pytest.mark.launches
 def test_the_command_writes_rotations_table_figure_and_card_and_keeps_what_was_there(
     folder, photos, tmp_path
 ):
@@ -160,6 +161,7 @@ def no_figure(monkeypatch):
 
 
 @pytest.mark.launches
+@pytest.mark.launches
 def test_pairs_may_be_files_of_embeddings(no_figure, folder, photos, tmp_path):
     embed = partial(care_hub_command, "embed", "--encoder", folder)
     embed(photos / "train", "-o", tmp_path / "a.parquet")
@@ -177,6 +179,7 @@ def test_pairs_may_be_files_of_embeddings(no_figure, folder, photos, tmp_path):
         rotations(str(folder), pairs=[("darker", *sources)])
 
 
+@pytest.mark.launches
 def test_an_encoder_that_is_no_folder_is_copied(no_figure, photos, tmp_path, caplog):
     name = "resnet10_w16_small.care_shapes"
     data = DataConfig("imagefolder", data_root=str(photos))
