@@ -61,7 +61,6 @@ class Arm:
 
 LATE: dict[str, Any] = {"weight_start_epochs": None, "weight_warmup_epochs": None}  # by default
 ONE_HEAD: dict[str, Any] = {"steering_head": False, "equivariant_batch_size": None, "equiv_splits": 8}
-WEAK: dict[str, Any] = {"jitter": (0.1, 0.1, 0.1, 0.02), "grayscale": 0.0}  # colors to ignore
 SAME: dict[str, Any] = {f"equivariance_{name}": None for name in AUGMENTATION} | {"equivariance_crop": True}
 STEERING = {"steering_head": True, "steering_uniformity": 0.1, "weight": 4.0}
 ARMS = {
@@ -80,7 +79,7 @@ ARMS = {
     },
     "cifar10_small": {
         "steering-head": Arm("steering head"),
-        "steering-first": Arm("steering first", ONE_HEAD | WEAK | {"weight": 1.5}),
+        "steering-first": Arm("steering first", {"jitter_p": 0.0, "grayscale": 0.0, "weight": 1.5}),
         "late": Arm("CARE late", ONE_HEAD | SAME | LATE | {"weight": 1.5}),
         "plain": Arm("λ = 0", {"weight": 0.0}),
         "longer": Arm("λ = 0, as long", {"weight": 0.0}, as_long_as="steering-head"),
