@@ -79,7 +79,9 @@ ARMS = {
     },
     "cifar10_small": {
         "steering-head": Arm("steering head"),
-        "steering-first": Arm("steering first", {"jitter_p": 0.0, "grayscale": 0.0, "weight": 1.5}),
+        "steering-first": Arm(
+            "steering first", {"jitter_p": 0.0, "grayscale": 0.0, "weight": 1.5, "projection_hidden": 512}
+        ),
         "late": Arm("CARE late", ONE_HEAD | SAME | LATE | {"weight": 1.5}),
         "plain": Arm("λ = 0", {"weight": 0.0}),
         "longer": Arm("λ = 0, as long", {"weight": 0.0}, as_long_as="steering-head"),
