@@ -129,7 +129,7 @@ def write_results(name: str, heading: str, settings: str, arms: Arms) -> str:
     folder, page = ROOT / "results", ROOT / "docs" / "results.md"
     write_text(folder / f"{name}.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     files = sorted(folder.glob("*.json"), reverse=True)
-    files.sort(key=lambda file: file.name.startswith("transfer"))
+    files.sort(key=lambda file: file.name.startswith(("frozen", "transfer")))
     tables = "\n\n".join(table(json.loads(file.read_text())) for file in files)
     text = page.read_text()
     start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
