@@ -123,6 +123,13 @@ def cells(row: Row, values: list[list[float]]) -> list[str]:
     return texts
 
 
+def recorded(name: str, settings: str) -> Arms:
+    """The arms in results/<name>.json if they were measured under the same settings, else none."""
+    file = ROOT / "results" / f"{name}.json"
+    summary = json.loads(file.read_text()) if file.is_file() else {}
+    return summary["arms"] if summary.get("settings") == settings else {}
+
+
 def write_results(name: str, heading: str, settings: str, arms: Arms) -> str:
     """Write results/<name>.json and all tables between the markers of docs/results.md; returns its table."""
     summary = {"recipe": heading, "settings": settings, "arms": arms}
