@@ -21,10 +21,10 @@ from care_hub.hub.registry import SHIPPED
 
 
 @click.command()
-@click.argument("run", type=click.Path(exists=True))
+@click.argument("run")
 @click.argument("name")
 @click.option("--dataset-name", required=True)
-@click.option("--data-root", type=click.Path(exists=True))
+@click.option("--data-root")
 def main(run: str, name: str, dataset_name: str, data_root: str | None) -> None:
     folder, encoder = SHIPPED / name, Encoder.from_pretrained(run)
     shutil.rmtree(folder, ignore_errors=True)
