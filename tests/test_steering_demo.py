@@ -130,8 +130,9 @@ def test_the_page_needs_no_network_and_believes_no_name(made):
 def test_a_transformation_by_which_embeddings_are_not_steered_has_no_rotation_there(photos, tmp_path):
     page, _, said = make(tmp_path, photos, "--limit", "9", kinds={"contrast": KINDS["contrast"]})
     assert "9 images, steered by nothing" in said
-    ((family,), images) = (content(page)[key] for key in ("families", "images"))
-    assert (family["segments"], family["truth"], len(images)) == ([], None, 9)
+    data = content(page)
+    (family,) = data["families"]
+    assert (family["segments"], family["truth"], len(data["images"]), data["asked"]) == ([], None, 9, 0)
 
 
 def test_what_can_not_be_shown_ends_in_one_sentence(made, photos, tmp_path):

@@ -55,10 +55,10 @@ def demo(source: str, images: str, output: str, limit: int = 2000) -> str:
         raise CareHubError(f"'{images}' has one image; neighbors need at least two.")
     changes = {name: change for name in rotations.steerable if (change := _true_change(rotations.find(name)))}
     each = sum(len(strengths) for _, strengths in changes.values())
-    asked = min(ASKED, TRUE_IMAGES // max(1, each)) or 1
+    asked = max(1, min(ASKED, TRUE_IMAGES // each)) if changes else 0
     # `care-hub rotations` fits to the images that come first in this order: what is asked comes last.
-    order = permutation(len(files), 0, "images")[-limit:].tolist()
-    chosen = sorted(order[-asked:]) + sorted(order[:-asked])
+    order = permutation(len(files), 0, "images").flip(0)[:limit].tolist()
+    chosen = sorted(order[:asked]) + sorted(order[asked:])
     thumbnails, z, pixels = _embed(encoder, [files[k] for k in chosen], rotations.space, asked)
     truly = {name: _truth(encoder, rotations.space, pixels, *change) for name, change in changes.items()}
     data = {
