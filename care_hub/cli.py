@@ -417,6 +417,19 @@ def search(embeddings: tuple[str, ...], query: str, output: str | None, **option
 
 
 @main.command()
+@click.argument("encoder")
+@click.option("--images", required=True, type=PATH, help="a folder of images")
+@click.option("-o", "--output", default="demo.html", type=PATH, help="the page")
+@click.option("--limit", type=click.IntRange(min=2), default=2000, help="images at most, at random")
+def demo(encoder: str, images: str, output: str, limit: int) -> None:
+    """Make an HTML page, without network, on which sliders turn embeddings by ENCODER's rotations."""
+    from .steering.demo import demo as make_page
+
+    if summary := make_page(encoder, images, output, limit):
+        print(summary)
+
+
+@main.command()
 @click.argument("checkpoint", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--dataset-name", help="what it was trained on, where the checkpoint does not say")

@@ -19,6 +19,7 @@ CHUNK = 65536  # rows raised to float64 at a time
 ORTHOGONAL = 1e-6  # largest entry of R R^T - I that is rounding
 RIDGE = 1e-3  # weight of |W|^2 relative to the mean of |z_i . e_k|^2
 HALF_TURN = 1e-6  # singular values of R + I below this are half turns, where R = -1
+STILL = 1e-12  # tangents of half an angle below this are rounding
 
 Array: TypeAlias = np.ndarray | Tensor
 Embeddings = TypeVar("Embeddings", np.ndarray, Tensor)
@@ -252,19 +253,32 @@ def _nearest_orthogonal(matrix: Tensor) -> Tensor:
     return u @ vh
 
 
-def _fractional_power(r: Tensor, t: float) -> Tensor:
-    """R^t of a proper rotation (d, d).
+def planes(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The planes in which a proper rotation (d, d) turns: a, b (d, p), orthonormal, and angles (p,) to pi.
 
-    The Cayley transform i (I - R)(I + R)^-1 is Hermitian with eigenvalues tan(angle / 2). It has
-    no value for half turns (R = -1); these directions are taken in pairs and turned by t half
-    turns in their plane.
+    R a = a cos(angle) + b sin(angle) for each column; what is orthogonal to all of them stays.
+
+    The Cayley transform i (I - R)(I + R)^-1 is Hermitian with eigenvalues tan(angle / 2), a pair of
+    them for each plane. It has no value for half turns (R = -1); these directions are taken in pairs.
+
+    >>> a, b, angles = planes(torch.tensor([[0.0, -1.0], [1.0, 0.0]]).double())
+    >>> torch.allclose(angles, torch.tensor(math.pi / 2).double())
+    True
     """
     eye = torch.eye(len(r)).to(r)
     _, size, vh = linalg.svd(r + eye)
     half = vh[size < HALF_TURN].T  # (d, k), k even
     flips = 2 * half @ half.T
     tangent, v = linalg.eigh(1j * linalg.solve(eye + r + flips, eye - r - flips, left=False))
-    powered = ((v * torch.exp(2j * t * torch.atan(tangent))) @ v.conj().T).real
-    c, s = math.cos(math.pi * t), math.sin(math.pi * t)
-    turns = torch.kron(torch.eye(half.shape[1] // 2).to(r), r.new_tensor([[c, -s], [s, c]]))
-    return powered @ (eye - half @ half.T + half @ turns @ half.T)
+    turns, v = tangent > STILL, v * math.sqrt(2)
+    a = torch.cat([v.real[:, turns], half[:, ::2]], dim=1)
+    b = torch.cat([-v.imag[:, turns], half[:, 1::2]], dim=1)
+    angles = torch.cat([2 * torch.atan(tangent[turns]), r.new_full((half.shape[1] // 2,), math.pi)])
+    return a, b, angles
+
+
+def _fractional_power(r: Tensor, t: float) -> Tensor:
+    """R^t of a proper rotation (d, d): each plane turns by t times its angle."""
+    a, b, angles = planes(r)
+    c, s = (t * angles).cos() - 1, (t * angles).sin()
+    return torch.eye(len(r)).to(r) + (a * c + b * s) @ a.T + (b * c - a * s) @ b.T

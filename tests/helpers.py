@@ -1,14 +1,17 @@
 """What tests share: run a command as a user would, in a process of its own or in this one."""
 
 import hashlib
+import html
 import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +27,9 @@ from care_hub.rotation import Rotation
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("CARE_HUB_TEST_DATA", ROOT.parent / "shared"))  # real data, where it is at hand
 OLD = Path(__file__).parent / "old"  # an export and a run folder as version 0.1.0 wrote them
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HEADLESS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
+HEADLESS += ("--disable-sync", "--disable-background-networking", "--disable-component-update")
 TORCHRUN = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 PHOTO = Image.radial_gradient("L").convert("RGB")  # the one in a model card
 IMAGES = np.random.RandomState(0).randint(0, 256, (3, 32, 32, 3)).astype(np.uint8)
@@ -78,6 +84,25 @@ def eval_linear(encoder, *flags, ok: bool = True) -> dict | str:
     done = CliRunner().invoke(cli.eval_linear, [str(w) for w in ("--encoder", encoder, *flags)])
     assert (done.exit_code == 0) == ok and "Traceback" not in done.output, done.output
     return json.loads(done.stdout.splitlines()[-1]) if ok else done.output
+
+
+def in_browser(page: Path, width: int, script: str) -> Any:
+    """What the JavaScript `script` returns of `d`, the document of `page` in a frame of `width` pixels.
+
+    Fails the test if anything is said on the console.
+    """
+    (page.parent / "frame.html").write_text(f"""<title></title>
+        <iframe src="{page.name}" style="border:0;width:{width}px;height:900px"></iframe><script>
+        document.querySelector("iframe").onload = event => {{
+            const d = event.target.contentDocument;
+            document.title = JSON.stringify((() => {{ {script} }})());
+        }}</script>""")
+    flags = [f"--user-data-dir={page.parent / 'profile'}", *HEADLESS, "--window-size=1400,1000"]
+    flags += ["--virtual-time-budget=5000", "--allow-file-access-from-files", "--enable-logging=stderr"]
+    words = [str(BROWSER), *flags, "--dump-dom", f"file://{page.parent}/frame.html"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    assert "CONSOLE" not in done.stderr, done.stderr[-3000:]
+    return json.loads(html.unescape(re.search(r"<title>(.*)</title>", done.stdout).group(1)))
 
 
 class Killed(BaseException):

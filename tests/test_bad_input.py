@@ -120,6 +120,8 @@ def wrong_files():
         ("embed", "{photos}", "-o", "{out}.npy", "--encoder"): set(),
         ("classify", "{photos}", "--encoder"): set(),
         ("report", "-o", "{out}.html"): set(),
+        ("demo", "", "--images", "{photos}", "-o", "{out}.html"): set(),
+        ("demo", "{encoder}", "-o", "{out}.html", "--images"): set(),
         ("push", "", "org/name"): set(),
         ("embed", "--encoder", ENCODER, "-o", "{out}.npy"): set(),
         ("classify", "--encoder", ENCODER): set(),
@@ -179,6 +181,9 @@ OTHERS = [
     (*ROTATE, "--limit", "3"),
     (*ROTATE, "--seed", "-1"),
     (*ROTATE, "--output-dir", "{file}"),
+    ("demo", ENCODER),
+    ("demo", ENCODER, "--images", "{photos}", "-o", "{absent}/page.html"),
+    ("demo", ENCODER, "--images", "{photos}", "--limit", "1"),
     EMBED,
     *(
         (*EMBED, "-o", out)

@@ -3,16 +3,14 @@
 import json
 import re
 import shutil
-import subprocess
 
 import pytest
 import yaml
-from helpers import care_hub_command
+from helpers import BROWSER, care_hub_command, in_browser
 
 from care_hub.evaluate.equivariance import FAMILIES
 from care_hub.hub.evaluation_record import add_result
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PNG = "data:image/png;base64,"
 
 
@@ -125,38 +123,6 @@ def test_user_errors(tiny_run, tmp_path):
     assert not (tmp_path / "r.html").exists()
 
 
-def in_browser(page, width: int, script: str) -> str:
-    """What `script` says of `d`, the document of `page` in a frame of `width` pixels."""
-    script = (
-        f"const d = document.getElementsByTagName('iframe')[0].contentDocument; document.title = {script}"
-    )
-    frame = (
-        f'<iframe src="{page.name}" style="border:0;width:{width}px;height:900px" onload="{script}"></iframe>'
-    )
-    (page.parent / "frame.html").write_text(f"<title></title>{frame}")
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-sync",
-    ]
-    flags += [
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--allow-file-access-from-files",
-    ]
-    flags += [
-        f"--user-data-dir={page.parent / 'profile'}",
-        "--window-size=1400,1000",
-        "--virtual-time-budget=5000",
-    ]
-    words = [BROWSER, *flags, "--dump-dom", f"file://{page.parent}/frame.html"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
-    return re.search(r"<title>(.*)</title>", done.stdout).group(1)
-
-
 @pytest.mark.parametrize("rows", [b"7\n7", b'{"loss": 1}\n{}', b'{"step": "a"}\n{}', b"\xff\n{}"])
 def test_rows_that_are_none_are_refused(rows, tmp_path):
     (tmp_path / "config.yaml").touch()
@@ -173,12 +139,8 @@ def test_rows_that_are_none_are_refused(rows, tmp_path):
 def test_the_page_fits_phone_and_desktop(runs, tmp_path, width):
     """Only tables scroll sideways, each in its own box."""
     report(*runs, "-o", tmp_path / "report.html")
-    sizes = in_browser(
-        tmp_path / "report.html",
-        width,
-        "[d.documentElement.scrollWidth, d.documentElement.clientWidth].join(' ')",
-    )
-    scroll, client = map(int, sizes.split())
+    script = "return [d.documentElement.scrollWidth, d.documentElement.clientWidth]"
+    scroll, client = in_browser(tmp_path / "report.html", width, script)
     assert scroll <= client <= width
 
 
@@ -187,15 +149,14 @@ def test_the_page_fits_phone_and_desktop(runs, tmp_path, width):
 def test_the_second_run_is_in_sight_on_a_phone(runs, tmp_path):
     """In every table; and the first column stays where it is when the others are scrolled."""
     report(*runs, "-o", tmp_path / "report.html")
-    script = """[...d.querySelectorAll('.wide')].map(box => {
+    script = """return [...d.querySelectorAll('.wide')].map(box => {
         const row = [...box.querySelectorAll('tbody tr')].find(row => row.cells.length > 2);
         const right = box.getBoundingClientRect().right;
         const seen = right - row.cells[2].getBoundingClientRect().left;
         box.scrollLeft = 1000;
-        return [seen, row.cells[0].getBoundingClientRect().left - box.getBoundingClientRect().left].join(',');
-    }).join(' ')"""
-    boxes = in_browser(tmp_path / "report.html", 390, " ".join(script.split())).split()
+        return [seen, row.cells[0].getBoundingClientRect().left - box.getBoundingClientRect().left];
+    })"""
+    boxes = in_browser(tmp_path / "report.html", 390, script)
     assert len(boxes) == 5  # about, results, settings, families, attributes
-    for box in boxes:
-        seen, moved = map(float, box.split(","))
+    for seen, moved in boxes:
         assert seen > 40 and moved == 0

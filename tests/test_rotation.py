@@ -7,7 +7,7 @@ from helpers import care_hub_command
 
 import care_hub
 from care_hub.errors import CareHubError
-from care_hub.rotation import Rotation, least_squares
+from care_hub.rotation import Rotation, least_squares, planes
 
 
 def sphere(n, d, seed=0):
@@ -87,6 +87,20 @@ def test_half_of_half_turns(diagonal):
     r = Rotation(basis @ torch.diag(torch.tensor(diagonal, dtype=torch.float64)) @ basis.T)
     half = r.power(0.5)
     torch.testing.assert_close((half @ half).matrix, r.matrix)
+
+
+@pytest.mark.parametrize("diagonal", [[1] * 9, [-1] * 4 + [1] * 5])
+def test_a_rotation_turns_in_planes_and_leaves_the_rest(diagonal):
+    r = Rotation.random(9, 7).power(0.3).matrix @ torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    a, b, angles = planes(r)
+    assert a.shape == b.shape == (9, 4) and angles.min() > 0 and angles.max() <= np.pi
+    torch.testing.assert_close(r @ a, a * angles.cos() + b * angles.sin())
+    torch.testing.assert_close(r @ b, b * angles.cos() - a * angles.sin())
+    basis = torch.cat([a, b], dim=1)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(8, dtype=torch.float64))
+    rest = torch.eye(9, dtype=torch.float64) - basis @ basis.T
+    torch.testing.assert_close(r @ rest, rest)
+    assert [len(part.T) for part in planes(torch.eye(3, dtype=torch.float64))[:2]] == [0, 0]
 
 
 def test_many_at_once():

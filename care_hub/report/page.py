@@ -2,7 +2,6 @@
 
 import base64
 import math
-import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,16 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-
-from ..errors import CareHubError
-from ..files import own_file, write_text
+from ..files import own_file
 from ..hub.card import Row
 from ..metrics import FINAL_GEOMETRY, METRICS
 from .figures import PANELS, logged_metrics, plot_curves, plot_geometry, run_colors
 from .runs import Run, read_runs
 from .svg import VARIABLES, inline_svg
 from .tables import HITS, Results, interval, number, title_with_unit
+from .templates import page_target, write_template
 
 COLUMNS = (
     "motion",
@@ -54,14 +51,8 @@ def write_page(paths: Sequence[str], output: str) -> Path:
 
     Raises CareHubError for what is no run and for a page that can't be written.
     """
-    target = Path(output)
-    if os.path.isdir(target):
-        raise CareHubError(f"'{output}' is a folder; name a file for the page.")
-    if not os.path.isdir(target.absolute().parent):
-        raise CareHubError(f"the folder '{target.parent}' for the page does not exist.")
-    folder = FileSystemLoader(Path(__file__).parent)
-    template = Environment(loader=folder, autoescape=True, trim_blocks=True).get_template("page.html")
-    write_text(target, template.render(contents(read_runs(paths))))
+    target = page_target(output)
+    write_template("page.html", target, contents(read_runs(paths)))
     return target
 
 

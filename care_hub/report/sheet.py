@@ -5,11 +5,11 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader
+from PIL import Image
 
 from ..data.decode import to_rgb
 from ..errors import CareHubError, printable
-from ..files import write_text
+from .templates import write_template
 
 SIDE = 192  # pixels of a thumbnail's longer side, at most
 
@@ -20,22 +20,22 @@ def write_sheet(query: str, title: str, found: Sequence[tuple[str, str, float]],
     A file that is not there any more is left blank. Raises CareHubError where the page can't be
     written.
     """
-    folder = FileSystemLoader(Path(__file__).parent)
-    template = Environment(loader=folder, autoescape=True, trim_blocks=True).get_template("sheet.html")
     rows = [(_thumbnail(file), printable(name), similarity) for file, name, similarity in found]
-    page = template.render(title=printable(title), query=_thumbnail(query), found=rows)
-    write_text(Path(output), page)
+    values = {"title": printable(title), "query": _thumbnail(query), "found": rows}
+    write_template("sheet.html", Path(output), values)
 
 
 def _thumbnail(file: str) -> str:
-    """A JPEG as base64; empty where there is no image."""
+    """`jpeg` of a file; empty where there is no image."""
     try:
-        image = to_rgb(file) if file else None
+        return jpeg(to_rgb(file), SIDE, 85) if file else ""
     except CareHubError:
-        image = None
-    if image is None:
         return ""
-    image.thumbnail((SIDE, SIDE))
+
+
+def jpeg(image: Image.Image, side: int, quality: int) -> str:
+    """An RGB image, of at most `side` x `side` pixels, as a JPEG in base64."""
+    image.thumbnail((side, side))
     content = io.BytesIO()
-    image.save(content, "JPEG", quality=85)
+    image.save(content, "JPEG", quality=quality, optimize=True)
     return base64.b64encode(content.getvalue()).decode()
