@@ -9,16 +9,27 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
-from helpers import TINY, command, metrics, randomized, refusal, train, train_here, visible
+from helpers import (
+    ROOT,
+    TINY,
+    care_hub_command,
+    metrics,
+    randomized,
+    refusal,
+    train,
+    train_here,
+    visible,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
 import care_hub
-from care_hub import cli
 from care_hub.augment import AugmentationConfig
 from care_hub.config import TrainConfig
 from care_hub.encoder import Encoder
@@ -28,6 +39,7 @@ from care_hub.schedule import Plan
 from care_hub.training.checkpoint import CheckpointWriter
 from care_hub.training.progress import Progress, start_trackers
 from care_hub.training.run import conditions, initial_encoder, restore
+from care_hub.training.summary import started_by
 from care_hub.training.trainer import make_accelerator, make_encoder, make_optimizer
 
 
@@ -85,31 +97,77 @@ def test_one_process_may_train_in_one_precision_after_the_other():
         assert make_accelerator(TrainConfig(mixed_precision=wanted)).mixed_precision == wanted
 
 
-def test_the_final_screen_names_the_baseline_of_this_very_run(photos, tmp_path):
-    flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32")
-    flags += ("--temperature", "0.3", "--steering-head", "--run-name", "a b", "--max-steps", "1")
-    screen = train_here(tmp_path, *flags)
-    (line,) = (line for line in screen.splitlines() if "--weight 0" in line)
-    words = shlex.split(line, comments=True)
-    assert words[:3] == ["accelerate", "launch", "train.py"]
-    command(cli.train, *words[3:])
-    care, plain = (
-        yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in ("a b", "a b-plain")
+@pytest.fixture
+def odd_data(tmp_path) -> Path:
+    """A data set with unusual columns, splits of unlike size, and a broken image, in an unusual folder."""
+    root, random = tmp_path / "odd 'data'", np.random.RandomState(0)
+    columns = {"photo": datasets.Image(), "scan": datasets.Image()}
+    for split, count in (("train", 64), ("validation", 40)):
+        images = [Image.fromarray(image) for image in random.randint(0, 256, (count, 36, 40, 3), np.uint8)]
+        cells = [*images[1:], {"bytes": b"broken", "path": "broken.png"}]
+        kinds = [f"kind {k % 3}" for k in range(count)]
+        rows = {"photo": images, "scan": cells, "label": [0.5] * count, "kind": kinds}
+        features = columns | {"label": datasets.Value("float32"), "kind": datasets.Value("string")}
+        table = datasets.Dataset.from_dict(rows, datasets.Features(features))
+        table.to_parquet(root / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+def next_commands_of(screen: str) -> list[list[str]]:
+    """The words of each command that the closing screen shows."""
+    return [shlex.split(line, comments=True) for line in screen.split("\nNext\n")[1].splitlines() if line]
+
+
+@pytest.mark.launches
+def test_every_command_on_the_final_screen_works(odd_data, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: name)  # whether or not the tests' environment is active
+    flags = ("--dataset-name", "ann/odd", "--data-root", odd_data, "--image-column", "scan")
+    flags += ("--label-column", "kind", "--dataset-label", "odd one", "--skip-broken-images")
+    flags += ("--image-size", "32", "--temperature", "0.3", "--steering-head")
+    screen = train_here("runs", *flags, "--run-name", "mine/a 'b'", "--max-steps", "1")
+    assert "Nothing was measured: --max-steps ended the run" in screen
+    shown = next_commands_of(screen)
+    assert [words[1] for words in shown] == ["embed", "-c", "probe", "train", "equivariance"]
+    for program, *words in shown:
+        words = [word.replace("YOUR_IMAGES", str(photos / "test" / "warm")) for word in words]
+        if program == "care-hub":
+            care_hub_command(*words, *(["--draws", "1"] if words[0] == "equivariance" else []))
+        else:
+            exec(words[1])
+            assert capsys.readouterr().out == "(8, 16)\n"
+    care, plain = (tmp_path / "runs" / "mine" / name for name in ("a 'b'", "a 'b'-plain"))
+    before, after = (yaml.safe_load((run / "config.yaml").read_text()) for run in (care, plain))
+    assert {k for k in before if before[k] != after[k]} == {"weight", "run_name"} and after["weight"] == 0
+    for run, steers in ((care, True), (plain, False)):  # without lambda there is nothing to steer
+        assert all(("uniformity" in row) == steers for row in metrics(run))
+        assert (run / "export" / "contrastive_head.safetensors").exists() == steers
+        assert ("the head that rotates" in (run / "export" / "README.md").read_text()) == steers
+
+
+def test_next_commands_are_those_of_the_program_that_was_started(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    here, launched = str(ROOT / "train.py"), {"ACCELERATE_MIXED_PRECISION": "no"}
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2"}
+    probe = f"python {ROOT / 'eval_linear.py'}"
+    assert started_by(here, {}) == (f"python {here}", "care-hub", probe)
+    assert started_by(here, launched)[0] == f"accelerate launch {here}"
+    assert started_by(here, torchrun)[0] == f"torchrun --nproc_per_node 2 {here}"
+    assert started_by("/bin/care-hub", {}) == ("care-hub train", "care-hub", "care-hub probe")
+    assert started_by("/x/care_hub/__main__.py", torchrun)[0] == (
+        "torchrun --nproc_per_node 2 -m care_hub train"
     )
-    assert {k for k in care if care[k] != plain[k]} == {"weight", "run_name"} and plain["weight"] == 0
-    for name, steers in (("a b", True), ("a b-plain", False)):  # without lambda there is nothing to steer
-        assert all(("uniformity" in row) == steers for row in metrics(tmp_path / name))
-        assert (tmp_path / name / "export" / "contrastive_head.safetensors").exists() == steers
-        assert ("the head that rotates" in (tmp_path / name / "export" / "README.md").read_text()) == steers
-    comparison = next(line for line in screen.splitlines() if "care-hub equivariance" in line)
-    assert f"--data-root {photos}" in comparison
+    own = tmp_path / "train.py"  # of somebody who calls care_hub.train
+    assert started_by(str(own), {})[0] == "care-hub train"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert started_by(here, {})[1] == "python -m care_hub"
 
 
 def test_the_final_screen_suggests_nothing_that_needs_a_test_split_where_there_is_none(photos, tmp_path):
     data = ("--dataset-name", "imagefolder", "--data-root", photos / "train", "--image-size", "32")
     screen = train_here(tmp_path, *data, "--max-steps", "1")
     assert "care-hub embed" in screen and "--weight 0" in screen
-    assert "eval_linear.py" not in screen and "care-hub equivariance" not in screen
+    assert "--dataset-name" not in screen.split("\nNext\n")[1]  # no linear head, no comparison
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars"])
