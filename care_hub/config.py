@@ -230,7 +230,7 @@ class TrainConfig(DataConfig):
     push_to_hub: str | None = _run(
         None, "ORG/NAME: push the export there when training ends; token and name are checked before"
     )
-    dry_run: bool = _run(False, "print the plan and stop")
+    dry_run: bool = _run(False, "print the plan and stop; images are counted, not read")
 
     def __post_init__(self) -> None:
         super().__post_init__()

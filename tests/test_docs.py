@@ -139,10 +139,10 @@ def run_script(path: str, options: list[str]) -> None:
         main.make_context(path, options)
 
 
-def stand_ins(data: DataConfig, size: int | None = None, progress: bool = True):
+def stand_ins(data: DataConfig, size: int | None = None, progress: bool = True, decode: bool = True):
     """512 black images in place of a data set that is elsewhere."""
     if data.dataset_name in ("shapes", "imagefolder"):
-        return load_splits(data, size, progress)
+        return load_splits(data, size, progress, decode)
     size = size or dataset_spec(data.dataset_name).size
     pixels = torch.zeros(512, 3, size, size, dtype=torch.uint8)
     images = InMemoryImages(size, torch.zeros(512, dtype=torch.long), ["black"], pixels)

@@ -424,6 +424,18 @@ def test_class_folders_with_a_broken_image(photos, tmp_path):
     assert "skipped 1 broken images" in printed and "broken.jpg" in printed and "51 images" in printed
 
 
+def test_a_dry_run_reads_no_image(odd_data, tmp_path, monkeypatch):
+    def read(*arguments):
+        raise AssertionError("an image was decoded or rendered")
+
+    monkeypatch.setattr("care_hub.data.images.to_square", read)
+    monkeypatch.setattr("care_hub.data.shapes.render", read)
+    flags = ("--dataset-name", "ann/odd", "--data-root", odd_data, "--label-column", "kind", "--dry-run")
+    assert "64 images at 224 px" in train_here(tmp_path / "runs", *flags)
+    assert "5,000 images at 32 px" in train_here(tmp_path / "runs", "--dry-run")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.launches
 def test_real_cifar10_trains(shared, tmp_path):
     root = shared("data/cifar10")

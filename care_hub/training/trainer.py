@@ -139,7 +139,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Setup:
     with accelerator.local_main_process_first():
         if initial := run.initial_encoder(config):
             config = config.start_from(initial.config)
-        train_images, test_images = load_splits(config, config.image_size, progress=main)
+        train_images, test_images = load_splits(config, config.image_size, main, not config.dry_run)
     plan, augmentation = Plan.of(config, len(train_images)), training_augmentation(config)
     if initial:  # its weights expect images normalized so, whatever their statistics are
         augmentation = replace(augmentation, mean=initial.config.mean, std=initial.config.std)
