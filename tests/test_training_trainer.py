@@ -44,7 +44,7 @@ from care_hub.training.trainer import make_accelerator, make_encoder, make_optim
 
 
 def test_a_run_leaves_all_that_was_promised(tiny_run):
-    rows = [r for r in metrics(tiny_run) if "loss" in r]
+    *rows, last = metrics(tiny_run)
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
     for r in rows:
         assert {"epoch", "infonce", "equivariance", "lr", "images_per_second"} <= r.keys()
@@ -53,6 +53,7 @@ def test_a_run_leaves_all_that_was_promised(tiny_run):
     results = json.loads((tiny_run / "results.json").read_text())
     geometry = {"rotation_error", "invariance_error", "rotation_invariance_ratio", "gram_deviation"}
     assert {"knn_top1", "knn_color_top1", *geometry} <= results.keys()
+    assert last == {"step": 6, "epoch": 1, "knn_top1": pytest.approx(results["knn_top1"], abs=1e-4)}
     assert 5 < results["knn_top1"] < 100 and 0 < results["rotation_invariance_ratio"] < 1.2
     assert results["training_seconds"] > 0 and results["images_per_second"] > 0
     resolved = yaml.safe_load((tiny_run / "config.yaml").read_text())
@@ -405,7 +406,26 @@ def test_values_go_to_the_tracker_every_so_many_steps_and_to_the_project_that_is
         start_trackers(tmp_path, some, accelerator)
     start_trackers(tmp_path, TrainConfig(project="unused"), accelerator)
     assert [project for project, *_ in started] == ["mine", "theirs", "care_hub"]
-    assert [options for *_, options in started] == [{"wandb": {"entity": "ann"}}, {}, {}]
+    own = {"name": tmp_path.name, "dir": str(tmp_path)}
+    expected = [{"wandb": own | {"entity": "ann"}}, {"wandb": own}, {"tensorboard": {}}]
+    assert [options for *_, options in started] == expected
+    monkeypatch.setenv("WANDB_NAME", "theirs")
+    start_trackers(tmp_path, config, accelerator)
+    assert started[-1][2] == {"wandb": {"dir": str(tmp_path), "entity": "ann"}}
+
+
+def test_a_tracker_that_is_missing_or_can_not_start_is_a_sentence(photos, tmp_path, monkeypatch):
+    flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32", *TINY)
+    flags += ("--save-root", tmp_path, "--max-steps", "1", "--log-with", "tensorboard")
+
+    def fails(*arguments):
+        raise RuntimeError("there is no account")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("accelerate.Accelerator.init_trackers", fails)
+        assert "--log-with tensorboard can't be started (there is no account)" in refusal(*flags)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    assert "not installed; type: pip install tensorboard" in refusal(*flags)
 
 
 def test_class_folders_with_a_broken_image(photos, tmp_path):
@@ -511,10 +531,54 @@ def test_export_holds_what_the_checkpoint_holds(tiny_run):
         assert torch.equal(tensor, stored[f"encoder.{name}"])
 
 
-def test_tensorboard_tracker(tmp_path):
-    pytest.importorskip("tensorboard")
-    train_here(tmp_path, "--max-steps", "2", "--log-with", "tensorboard", "--run-name", "t")
-    assert list((tmp_path / "t").rglob("events.out.tfevents*"))
+@pytest.fixture
+def watched(photos, tmp_path, monkeypatch):
+    """`watched(tracker)`: the folder of a run of two epochs of three steps that `tracker` has followed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(tracker: str) -> Path:
+        flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32")
+        flags += ("--epochs", "2", "--knn-every", "1", "--log-with", tracker, "--run-name", "watched")
+        train_here(Path("runs"), *flags)
+        assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # all is in the run's folder
+        assert [path.name for path in Path("runs").iterdir()] == ["watched"]
+        return Path("runs/watched")
+
+    return run
+
+
+@pytest.mark.launches
+def test_tensorboard_shows_curves_results_figures_and_hyperparameters(watched):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = watched("tensorboard")
+    events = event_accumulator.EventAccumulator(str(run / "care_hub")).Reload()
+    results = json.loads((run / "results.json").read_text())
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("knn_top1")] == [3, 6]
+    for name, value in results.items():
+        assert [(e.step, e.value) for e in events.Scalars(f"final/{name}")] == [(6, pytest.approx(value))]
+    for file in (run / "export" / "neighbors.png", run / "equivariance.png"):
+        (shown,) = events.Images(file.stem)
+        assert (shown.width, shown.height) == Image.open(file).size
+    (file,) = run.rglob("hparams.yml")
+    options = yaml.safe_load(file.read_text())
+    assert (options["lr"], options["epochs"], options["model"]) == (0.2, 2, "resnet10_w16_small")
+
+
+@pytest.mark.launches
+def test_wandb_shows_the_same(watched, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    run = watched("wandb")
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")  # protocol buffers, whose text is readable
+    content, results = file.read_bytes(), json.loads((run / "results.json").read_text())
+    for name in ("theirs", "watched", "knn_top1", *(f"final/{name}" for name in results)):
+        assert name.encode() in content, name
+    assert b"lr\x82\x01\x030.2" in content  # JSON of three characters: a number, in no quotes
+    for figure in (run / "export" / "neighbors.png", run / "equivariance.png"):
+        (shown,) = file.parent.glob(f"files/media/images/{figure.stem}_*.png")
+        np.testing.assert_array_equal(np.asarray(Image.open(shown)), Image.open(figure).convert("RGB"))
 
 
 def test_files_of_a_run_follow_the_umask_and_its_folder_may_have_any_name(photos, tmp_path):

@@ -33,7 +33,7 @@ from .checkpoint import CheckpointWriter, resume_options
 from .divergence import check_weights, largest_size
 from .methods import MoCo, SimCLR, Steering
 from .preemption import Preempted, Preemption
-from .progress import Progress, start_trackers
+from .progress import NO_CALLBACKS, Callbacks, Progress, start_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Setup:
     plan: Plan
     augmentation: AugmentationConfig
     encoder: Encoder
+    callbacks: Callbacks
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Session:
         self.writer.pool.shutdown()  # waits for a checkpoint that is being written
 
 
-def train(config: TrainConfig) -> dict[str, float]:
+def train(config: TrainConfig, callbacks: Callbacks = NO_CALLBACKS) -> dict[str, float]:
     """Train, evaluate and export as `config` says; returns what is written to results.json.
 
     Progress goes to the `care_hub` logger. The global random state is left as it was. Raises
@@ -91,7 +92,7 @@ def train(config: TrainConfig) -> dict[str, float]:
     on_gpu = accelerator.device.type == "cuda"
     with torch.random.fork_rng([accelerator.device] if on_gpu else []), peer_errors():
         torch.manual_seed(config.seed)  # the same initial weights on every process
-        setup = set_up(config, accelerator)
+        setup = set_up(config, accelerator, callbacks)
         if config.dry_run:
             return {}
         with (
@@ -113,6 +114,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=config.save_root,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation),
     )
+    if accelerator.log_with == [] and config.log_with != "none":
+        missing = f"`log_with='{config.log_with}'` needs a package that is not installed"
+        raise CareHubError(f"{missing}; type: pip install {config.log_with}.")
     config.check_processes(accelerator.num_processes)
     if config.push_to_hub and accelerator.is_main_process:
         (check_name if config.dry_run else check_push)(config.push_to_hub)
@@ -132,7 +136,7 @@ def precision(wanted: str) -> str:
     return "bf16" if any(probe() for probe in probes if probe) else "no"
 
 
-def set_up(config: TrainConfig, accelerator: Accelerator) -> Setup:
+def set_up(config: TrainConfig, accelerator: Accelerator, callbacks: Callbacks) -> Setup:
     """Read the initial weights and the data, build the encoder and say the plan."""
     main = accelerator.is_main_process
     # One process of each machine fills the caches of `datasets` and of the Hub; the others wait for it.
@@ -149,7 +153,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Setup:
         torch.manual_seed(config.seed)
     smallest = config.batch_size * (1 if config.method == "moco" else 2)  # batch that the encoder sees
     from_main(lambda: run.rehearse(encoder, min(2, smallest)))
-    setup = Setup(config, accelerator, train_images, test_images, plan, augmentation, encoder)
+    setup = Setup(config, accelerator, train_images, test_images, plan, augmentation, encoder, callbacks)
     if main:
         log_plan(setup)
     return setup
@@ -213,7 +217,7 @@ def start(setup: Setup, folder: Path) -> Session:
         if isinstance(images, InMemoryImages):
             images.to(accelerator.device)
     start_trackers(folder, config, accelerator)
-    progress = Progress(folder, setup.plan, step, seconds, config, accelerator)
+    progress = Progress(folder, setup.plan, step, seconds, config, accelerator, setup.callbacks)
     writer = CheckpointWriter(folder / "checkpoints", step)
     return Session(folder, method, optimizer, progress, writer, step, largest)
 
@@ -263,6 +267,8 @@ def fit(setup: Setup, session: Session, preemption: Preemption) -> int:
             session.stopped, in_time, unwritten = votes.count()
             if unwritten:
                 from_main(session.writer.wait)  # which raises, on all, why the last checkpoint failed
+            if done % plan.steps_per_epoch == 0:
+                progress.end_epoch(done, setup.encoder)
             if session.stopped or done == plan.stop:
                 return done  # the last checkpoint and the final evaluation follow
             knn = knn_is_due(config, plan, done)  # which may take longer than the grace after a signal
@@ -303,7 +309,8 @@ def finish(setup: Setup, session: Session, done: int, preemption: Preemption) ->
     Raises Preempted, after saving, for a run that was asked to stop.
     """
     config, accelerator, folder = setup.config, setup.accelerator, session.folder
-    session.progress.close()
+    progress = session.progress
+    progress.close()
     save_checkpoint(setup, session, done)
     stopped = f"stopped at step {done} of {setup.plan.stop}"
     preempted = Preempted(f"{stopped}; resume it with {resume_options(folder)}.")
@@ -311,13 +318,17 @@ def finish(setup: Setup, session: Session, done: int, preemption: Preemption) ->
         from_main(session.writer.wait)  # no process ends before: a launcher would end the others
         raise preempted
     preemption.raise_from_now_on(preempted)
-    results = final_results(config, setup.encoder, setup.train, setup.test, setup.augmentation, accelerator)
+    splits = (setup.train, setup.test)
+    results, families = final_results(config, setup.encoder, *splits, setup.augmentation, accelerator)
+    progress.add_knn(done, results.get("knn_top1"))
     session.writer.wait()
-    seconds, images = session.progress.seconds, done * config.batch_size * config.gradient_accumulation
+    seconds, images = progress.seconds, done * config.batch_size * config.gradient_accumulation
     results |= {"training_seconds": round(seconds, 1), "images_per_second": round(images / seconds, 1)}
     if accelerator.is_main_process:
-        run.export_run(folder, config, setup.encoder, setup.test or setup.train, results)
-        logger.info(summary.final_screen(config, folder, results, setup.train, setup.test))
+        run.export_run(folder, config, setup.encoder, setup.test or setup.train, results, families)
+        progress.add_results(done, results)
+        setup.callbacks.end(results, folder)
+        logger.info(summary.final_screen(config, folder, results, *splits))
         if config.push_to_hub:
             run.push_run(folder, config.push_to_hub)
     for tracker in accelerator.trackers:
