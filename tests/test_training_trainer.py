@@ -19,6 +19,7 @@ from helpers import (
     ROOT,
     TINY,
     care_hub_command,
+    command,
     metrics,
     randomized,
     refusal,
@@ -30,9 +31,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import care_hub
+from care_hub import cli
 from care_hub.augment import AugmentationConfig
 from care_hub.config import TrainConfig
 from care_hub.encoder import Encoder
+from care_hub.errors import CareHubError
 from care_hub.hub.card import card_text
 from care_hub.models import build_backbone
 from care_hub.schedule import Plan
@@ -529,6 +532,38 @@ def test_export_holds_what_the_checkpoint_holds(tiny_run):
     encoder = care_hub.Encoder.from_pretrained(tiny_run)
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, stored[f"encoder.{name}"])
+
+
+def test_callbacks_are_told_of_steps_epochs_and_the_end_and_change_nothing(photos, tmp_path):
+    options = {"dataset_name": "imagefolder", "data_root": photos, "image_size": 32, "mixed_precision": "no"}
+    options |= {"batch_size": 16, "equiv_splits": 4, "projection_hidden": 32, "projection_dim": 16}
+    options |= {"weight_start_epochs": 0, "max_steps": 6, "save_root": tmp_path}  # two epochs
+    rows, shapes, ends = [], {}, []
+
+    def encode(epoch: int, encoder: Encoder) -> None:
+        shapes[epoch] = encoder.encode(torch.rand(2, 3, 32, 32)).shape
+
+    callbacks = care_hub.Callbacks(rows.append, encode, lambda *found: ends.append(found))
+    results = care_hub.train(TrainConfig(**options, run_name="told"), callbacks)
+    assert rows == metrics(tmp_path / "told") and len(rows) == 6
+    assert shapes == {1: (2, 16), 2: (2, 16)} and ends == [(results, tmp_path / "told")]
+
+    def fail(epoch: int, encoder: Encoder) -> None:
+        raise CareHubError("that is enough.")
+
+    with pytest.raises(CareHubError, match="enough"):
+        care_hub.train(TrainConfig(**options, run_name="ended"), care_hub.Callbacks(epoch=fail))
+    care_hub.train(TrainConfig(**options, run_name="ended", resume=True))
+    told, ended = (care_hub.load_encoder(tmp_path / name).fingerprint for name in ("told", "ended"))
+    assert told == ended
+
+
+def test_a_run_that_is_finished_twice_has_its_closing_knn_once(tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / "tiny")
+    before = metrics(tiny_run)
+    monkeypatch.setattr("care_hub.evaluate.monitor.FINAL_IMAGES", 8)
+    command(cli.train, "--save-root", tmp_path, "--run-name", "tiny", "--resume")
+    assert metrics(tmp_path / "tiny") == before
 
 
 @pytest.fixture

@@ -40,9 +40,9 @@ class Callbacks:
     """Functions that `care_hub.train` calls on the main process; each may be left out.
 
     `step`: with each line of metrics.jsonl as it is written, a dict; on a GPU losses come twenty
-    steps at a time. `epoch`: with the number of each epoch that is done, from 1, and the encoder,
-    which may be asked to `encode`. `end`: with what is in results.json and the run folder, when the
-    export is complete. What they raise ends the run; it can be resumed.
+    steps at a time. `epoch`: with the number of each epoch that is done and saved, from 1, and the
+    encoder, which may be asked to `encode`. `end`: with what is in results.json and the run folder,
+    when the export is complete. What they raise ends the run, which can be resumed.
     """
 
     step: Callable[[dict[str, Any]], Any] = nothing
@@ -176,10 +176,11 @@ class Progress:
             logger.info("epoch %d: kNN top-1 %.1f %%", epoch, top1)
 
     def end_epoch(self, step: int, encoder: Encoder) -> None:
-        """The last step of an epoch is done, as step number `step`."""
-        if self.main and self.callbacks.epoch is not nothing:
+        """Call `callbacks.epoch` if an epoch ends with step number `step`, which this process has done."""
+        epoch, rest = divmod(step, self.plan.steps_per_epoch)
+        if self.main and rest == 0 and step > self.start and self.callbacks.epoch is not nothing:
             self.flush()
-            self.callbacks.epoch(step // self.plan.steps_per_epoch, encoder)
+            self.callbacks.epoch(epoch, encoder)
 
     def add_results(self, step: int, results: dict[str, float]) -> None:
         """What was measured in the end, and the figures in the run folder, go to the trackers."""

@@ -78,7 +78,8 @@ def train(config: TrainConfig, callbacks: Callbacks = NO_CALLBACKS) -> dict[str,
 
     Progress goes to the `care_hub` logger. The global random state is left as it was. Raises
     CareHubError for user errors; everything up to the last checkpoint is kept then. Raises
-    Preempted, which is one, if the run was asked to stop.
+    Preempted, which is one, if the run was asked to stop. `callbacks`: functions to be called
+    meanwhile.
     """
     config = config.take_over(launched_accumulation())
     accelerator = make_accelerator(config)
@@ -267,8 +268,6 @@ def fit(setup: Setup, session: Session, preemption: Preemption) -> int:
             session.stopped, in_time, unwritten = votes.count()
             if unwritten:
                 from_main(session.writer.wait)  # which raises, on all, why the last checkpoint failed
-            if done % plan.steps_per_epoch == 0:
-                progress.end_epoch(done, setup.encoder)
             if session.stopped or done == plan.stop:
                 return done  # the last checkpoint and the final evaluation follow
             knn = knn_is_due(config, plan, done)  # which may take longer than the grace after a signal
@@ -280,6 +279,7 @@ def fit(setup: Setup, session: Session, preemption: Preemption) -> int:
                 # Every process embeds its share of the images: all take part.
                 (top1,) = knn_monitor(config, setup.encoder, setup.train, setup.test, accelerator)
                 progress.add_knn(done, top1)
+            progress.end_epoch(done, setup.encoder)
     return session.start
 
 
@@ -312,6 +312,7 @@ def finish(setup: Setup, session: Session, done: int, preemption: Preemption) ->
     progress = session.progress
     progress.close()
     save_checkpoint(setup, session, done)
+    progress.end_epoch(done, setup.encoder)
     stopped = f"stopped at step {done} of {setup.plan.stop}"
     preempted = Preempted(f"{stopped}; resume it with {resume_options(folder)}.")
     if session.stopped:
