@@ -109,7 +109,7 @@ def next_commands(config: TrainConfig, run: Path, train: Images, test: Images | 
     """Commands that use the encoder, and train and compare its baseline, as far as the data allows."""
     train_command, care_hub, probe = started_by(sys.argv[0], os.environ)
     name, data = shlex.quote(str(run)), data_options(config)
-    encode = f'care_hub.load_encoder({json.dumps(str(run))}).encode("YOUR_IMAGES")'
+    encode = f'care_hub.load_encoder({json.dumps(str(run), ensure_ascii=False)}).encode("YOUR_IMAGES")'
     commands = [
         f"  {care_hub} embed YOUR_IMAGES --encoder {name} -o embeddings.parquet",
         f"  python -c {shlex.quote(f'import care_hub; print({encode}.shape)')}",
