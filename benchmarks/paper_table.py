@@ -8,7 +8,7 @@ and all tables in docs/results.md.
 Trains and evaluates every arm of a recipe, with every seed; resumes where it was interrupted, since nothing
 that is recorded is done again. An arm is the recipe but for its options. All arms are measured under the same
 augmentations, whatever they were trained with: changes of color, and the recipe's own as a whole. The table
-shows all that is there, also what other processes have measured.
+shows all that is there, also what other processes have measured, and arms whose runs are gone as they were.
 """
 
 import json
@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 import torch.nn.functional as F
-from result_tables import ROOT, ROWS, Arms, hardware, write_results
+from result_tables import ROOT, ROWS, Arms, hardware, recorded, write_results
 from torch import Tensor
 
 from care_hub import cli
@@ -201,6 +201,8 @@ def main(
     data = ["--data-root", data_root] if data_root else []
     config = cli.resolve({"data_root": data_root}, recipe)
     splits, augmentation = load_splits(config, config.image_size), training_augmentation(config)
+    settings = f"{config.model}, batch {config.batch_size}, {hardware()}, precision {precision('auto')}"
+    before = recorded(recipe, settings)
     measured: Arms = {}
     for name, arm in arms.items():
         options = options_of(arm, arms, recipe, len(splits[0])) | {"data_root": config.data_root}
@@ -210,10 +212,12 @@ def main(
                 train(run, options | {"seed": seed}, recipe)
                 measure(run, splits, augmentation, config.dataset_name, data)
         files = [run / "figures.json" for run in runs.values()]
+        title = f"{arm.title}, {cli.resolve(options, recipe).epochs} epochs"
         if found := [json.loads(file.read_text()) for file in files if file.is_file()]:
             rows = [{row.name: run[row.name] for row in ROWS if row.name in run} for run in found]
-            measured[f"{arm.title}, {cli.resolve(options, recipe).epochs} epochs"] = rows
-    settings = f"{config.model}, batch {config.batch_size}, {hardware()}, precision {precision('auto')}"
+            measured[title] = rows
+        elif title in before:
+            measured[title] = before[title]
     click.echo(write_results(recipe, recipe, settings, measured))
 
 

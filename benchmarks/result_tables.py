@@ -123,13 +123,20 @@ def cells(row: Row, values: list[list[float]]) -> list[str]:
     return texts
 
 
+def recorded(name: str, settings: str) -> Arms:
+    """The arms in results/<name>.json if they were measured under the same settings, else none."""
+    file = ROOT / "results" / f"{name}.json"
+    summary = json.loads(file.read_text()) if file.is_file() else {}
+    return summary["arms"] if summary.get("settings") == settings else {}
+
+
 def write_results(name: str, heading: str, settings: str, arms: Arms) -> str:
     """Write results/<name>.json and all tables between the markers of docs/results.md; returns its table."""
     summary = {"recipe": heading, "settings": settings, "arms": arms}
     folder, page = ROOT / "results", ROOT / "docs" / "results.md"
     write_text(folder / f"{name}.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     files = sorted(folder.glob("*.json"), reverse=True)
-    files.sort(key=lambda file: file.name.startswith("transfer"))
+    files.sort(key=lambda file: file.name.startswith(("frozen", "transfer")))
     tables = "\n\n".join(table(json.loads(file.read_text())) for file in files)
     text = page.read_text()
     start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)

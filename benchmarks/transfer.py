@@ -19,7 +19,7 @@ import re
 import click
 import torch
 from paper_table import ARMS
-from result_tables import Arms, hardware, write_results
+from result_tables import Arms, hardware, recorded, write_results
 from torch import Tensor
 
 from care_hub.config import DataConfig, source_name
@@ -93,8 +93,9 @@ def main(encoders: tuple[str, ...], dataset_name: str, data_root: str | None) ->
         arms.setdefault(titles.get(name, name), []).append(measure(encoder, *splits[size]))
     train, test = splits[size]
     settings = f"{len(train):,} images to train the probes, {len(test):,} to test them, {hardware()}"
-    label = data.data_label.replace("/", "--")
-    click.echo(write_results(f"transfer_{label}", f"probes on {data.data_label}", settings, arms))
+    name = f"transfer_{data.data_label.replace('/', '--')}"
+    arms = recorded(name, settings) | arms  # those whose runs are gone stay as they were
+    click.echo(write_results(name, f"probes on {data.data_label}", settings, arms))
 
 
 if __name__ == "__main__":

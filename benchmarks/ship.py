@@ -1,0 +1,47 @@
+"""Make a run an encoder of the package: half as many bytes, no head but the one that rotates, measured anew.
+
+    python benchmarks/ship.py runs/paper/cifar10_small-steering-first-0 \
+        resnet10_w32_small.care_cifar10_color --dataset-name cifar10 --data-root CIFAR10
+
+Writes care_hub/pretrained/NAME. Every figure of its card, but for those of training, is measured on the
+weights as they are stored there.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import torch
+from paper_table import run_command
+from result_tables import ROOT
+
+from care_hub.encoder import Encoder
+from care_hub.hub.export import export_folder
+from care_hub.hub.registry import SHIPPED
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True))
+@click.argument("name")
+@click.option("--dataset-name", required=True)
+@click.option("--data-root", type=click.Path(exists=True))
+def main(run: str, name: str, dataset_name: str, data_root: str | None) -> None:
+    folder, encoder = SHIPPED / name, Encoder.from_pretrained(run)
+    shutil.rmtree(folder, ignore_errors=True)
+    encoder.set_contrastive_head(False)
+    training = {key: value for key, value in encoder.config.training.items() if key != "data_root"}
+    encoder.config = replace(encoder.config, training=training)
+    encoder.save_pretrained(folder, torch.float16)
+    shutil.copy(export_folder(run) / "neighbors.png", folder)
+    data = ["--dataset-name", dataset_name]
+    data += ["--data-root", str(Path(data_root).absolute())] if data_root else []
+    run_command(ROOT / "eval_linear.py", "--encoder", folder, *data)
+    run_command("-m", "care_hub", "knn", folder, *data)
+    run_command("-m", "care_hub", "equivariance", folder, *data)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    click.echo(f"{folder.name}: {size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
