@@ -44,7 +44,7 @@ def color_figures(
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--recipe", default="shapes", show_default=True)
 @click.option("--epochs", default=6, show_default=True)
 @click.option("--data-root")

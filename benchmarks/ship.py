@@ -3,12 +3,11 @@
     python benchmarks/ship.py runs/paper/cifar10_small-steering-first-0 \
         resnet10_w32_small.care_cifar10_color --dataset-name cifar10 --data-root CIFAR10
 
-Writes care_hub/pretrained/NAME. Every figure of its card, but for those of training, is measured on the
-weights as they are stored there.
+Writes care_hub/pretrained/NAME, without pictures. Every figure of its card, but for those of training, is
+measured on the weights as they are stored there.
 """
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -17,28 +16,28 @@ from paper_table import run_command
 from result_tables import ROOT
 
 from care_hub.encoder import Encoder
-from care_hub.hub.export import export_folder
+from care_hub.hub.card import write_card
 from care_hub.hub.registry import SHIPPED
 
 
 @click.command()
-@click.argument("run", type=click.Path(exists=True))
+@click.argument("run")
 @click.argument("name")
 @click.option("--dataset-name", required=True)
-@click.option("--data-root", type=click.Path(exists=True))
+@click.option("--data-root")
 def main(run: str, name: str, dataset_name: str, data_root: str | None) -> None:
     folder, encoder = SHIPPED / name, Encoder.from_pretrained(run)
     shutil.rmtree(folder, ignore_errors=True)
     encoder.set_contrastive_head(False)
-    training = {key: value for key, value in encoder.config.training.items() if key != "data_root"}
-    encoder.config = replace(encoder.config, training=training)
     encoder.save_pretrained(folder, torch.float16)
-    shutil.copy(export_folder(run) / "neighbors.png", folder)
     data = ["--dataset-name", dataset_name]
     data += ["--data-root", str(Path(data_root).absolute())] if data_root else []
     run_command(ROOT / "eval_linear.py", "--encoder", folder, *data)
     run_command("-m", "care_hub", "knn", folder, *data)
     run_command("-m", "care_hub", "equivariance", folder, *data)
+    for file in (*folder.glob("*.png"), *folder.glob(".*")):  # pictures of photographs are large
+        file.unlink()
+    write_card(folder, name)
     size = sum(file.stat().st_size for file in folder.iterdir())
     click.echo(f"{folder.name}: {size / 1e6:.2f} MB")
 

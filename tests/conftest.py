@@ -32,6 +32,11 @@ torch.set_num_threads(max(1, (cores or 1) // workers))
 torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
 
 
+def pytest_xdist_auto_num_workers(config) -> int:
+    """All tests run in a process for each core, at most four; those of files that are named in this one."""
+    return 0 if config.option.file_or_dir else min(4, cores or 1)
+
+
 @pytest.fixture
 def shared():
     """`shared("data/cifar10")`: a path to real data; skips the test where there is none."""

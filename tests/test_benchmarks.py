@@ -57,6 +57,20 @@ def test_a_table_marks_what_leads_by_more_than_its_deviation(benchmark_module):
     assert "**r** (s; 1 to 2 seeds)" in text and "| kNN, label, % | 51.0 ± 1.4 | 52.0 |" in text
 
 
+def test_arms_whose_runs_are_gone_stay_if_all_else_is_equal(benchmark_module, tmp_path, monkeypatch):
+    tables = benchmark_module("result_tables")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "docs" / "results.md").write_text(f"Before\n{tables.BEGIN}\n{tables.END}\nafter\n")
+    assert tables.recorded("r", "a CPU") == {}
+    arms = {"gone": [{"label_knn": 50.0}]}
+    tables.write_results("r", "R", "a CPU", arms)
+    assert tables.recorded("r", "a CPU") == arms and tables.recorded("r", "another") == {}
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert page.startswith("Before\n") and page.endswith("after\n") and "| kNN, label, % | 50.0 |" in page
+
+
 def test_the_color_of_an_image_is_that_of_its_middle(benchmark_module):
     transfer = benchmark_module("transfer")
     middles = {
