@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 from paper_table import FAMILIES, IMAGES, train
-from result_tables import ROOT, Arms, hardware, write_results
+from result_tables import Arms, hardware, write_results
 from torch import Tensor
 
 from care_hub import cli
@@ -49,17 +49,16 @@ def color_figures(
 @click.option("--epochs", default=6, show_default=True)
 @click.option("--data-root")
 def main(runs: tuple[Path, ...], recipe: str, epochs: int, data_root: str | None) -> None:
-    file = str(ROOT / "recipes" / f"{recipe}.yaml")
-    turned = cli.resolve({}, str(ROOT / "recipes" / "cifar10_small.yaml"))
+    turned = cli.resolve({}, "cifar10_small")
     steering = OPTIONS | {name: getattr(turned, name) for name in STEERING}
-    config = cli.resolve({"data_root": str(Path(data_root).absolute()) if data_root else None}, file)
+    config = cli.resolve({"data_root": str(Path(data_root).absolute()) if data_root else None}, recipe)
     _, test = load_splits(config, config.image_size)
     pixels, augmentation = test.take(random_subset(len(test), IMAGES)).pixels, training_augmentation(config)
     arms: Arms = {}
     for run in runs:
         trained = run.absolute().with_name(f"{run.name}-frozen")
         options = {"init": str(run.absolute()), "epochs": epochs, "data_root": config.data_root}
-        train(trained, steering | options, file)
+        train(trained, steering | options, recipe)
         seconds = {
             path: json.loads((path / "results.json").read_text())["training_seconds"]
             for path in (run, trained)

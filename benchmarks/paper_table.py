@@ -186,7 +186,7 @@ def measure(
 
 
 @click.command()
-@click.option("--recipe", default="shapes", show_default=True, help="a file in recipes/, without .yaml")
+@click.option("--recipe", default="shapes", show_default=True, help="by name: `care-hub recipes`")
 @click.option("--arm", "chosen", multiple=True, help="train and measure these arms alone (default: all)")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
 @click.option("--root", default="runs/paper", show_default=True, help="where the runs are saved")
@@ -199,21 +199,20 @@ def main(
         raise click.ClickException(f"there is no arm '{min(unknown)}'; the arms are {', '.join(arms)}.")
     data_root = str(Path(data_root).absolute()) if data_root else None
     data = ["--data-root", data_root] if data_root else []
-    file = str(ROOT / "recipes" / f"{recipe}.yaml")
-    config = cli.resolve({"data_root": data_root}, file)
+    config = cli.resolve({"data_root": data_root}, recipe)
     splits, augmentation = load_splits(config, config.image_size), training_augmentation(config)
     settings = f"{config.model}, batch {config.batch_size}, {hardware()}, precision {precision('auto')}"
     before = recorded(recipe, settings)
     measured: Arms = {}
     for name, arm in arms.items():
-        options = options_of(arm, arms, file, len(splits[0])) | {"data_root": config.data_root}
+        options = options_of(arm, arms, recipe, len(splits[0])) | {"data_root": config.data_root}
         runs = {seed: Path(root).absolute() / f"{recipe}-{name}-{seed}" for seed in seeds}
         if not chosen or name in chosen:
             for seed, run in runs.items():
-                train(run, options | {"seed": seed}, file)
+                train(run, options | {"seed": seed}, recipe)
                 measure(run, splits, augmentation, config.dataset_name, data)
         files = [run / "figures.json" for run in runs.values()]
-        title = f"{arm.title}, {cli.resolve(options, file).epochs} epochs"
+        title = f"{arm.title}, {cli.resolve(options, recipe).epochs} epochs"
         if found := [json.loads(file.read_text()) for file in files if file.is_file()]:
             rows = [{row.name: run[row.name] for row in ROWS if row.name in run} for run in found]
             measured[title] = rows

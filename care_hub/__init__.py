@@ -25,6 +25,7 @@ _HOMES = {
     "fingerprint_of": "embed_folder",
     "TrainConfig": "config",
     "train": "training.trainer",
+    "Callbacks": "training.progress",
 }
 _MODULES = ("augment", "losses", "metrics", "models", "registry", "rotation")
 

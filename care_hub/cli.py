@@ -1,4 +1,4 @@
-"""Words to actions: train.py, eval_linear.py and the `care-hub` command.
+"""Words to actions: the `care-hub` command; train.py and eval_linear.py are two of its commands.
 
 Imports stand inside the functions here, so that `--help` is light.
 """
@@ -22,11 +22,13 @@ import click
 from .config import (
     FORMER_NAMES,
     PUBLIC_CODE,
+    RECIPES,
     DataConfig,
     EvalConfig,
     TrainConfig,
     kinds_of,
     read_yaml,
+    recipes,
     typed_options,
 )
 from .errors import CareHubError, printable
@@ -235,7 +237,7 @@ def _resumed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @click.command(cls=Command, context_settings=SETTINGS)
-@click.option("--config", "config_file", metavar="FILE.yaml", help="sets any option; flags win")
+@click.option("--config", "config_file", metavar="FILE.yaml|RECIPE", help="sets any option; flags win")
 @options_of(TrainConfig)
 @click.pass_context
 def train(context: click.Context, config_file: str | None, **values: Any) -> None:
@@ -276,6 +278,20 @@ def _print_json(result: dict[str, Any]) -> None:
 @click.version_option(package_name="care-hub")
 def main() -> None:
     """Equivariant image embeddings."""
+
+
+main.add_command(train)
+main.add_command(eval_linear, "probe")
+
+
+@main.command("recipes")
+def recipes_command() -> None:
+    """Show the recipes that `care-hub train --config NAME` takes, and where their files are."""
+    rows = recipes()
+    width = max(map(len, rows))
+    for name, about in rows.items():
+        print(f"{name:<{width}}  {about}")
+    print(f"\nin {printable(str(RECIPES))}")
 
 
 @main.command()

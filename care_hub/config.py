@@ -1,7 +1,7 @@
 """All options, each described once, and the record of an encoder.
 
-Command line, YAML, checkpoints and model cards read them. The defaults are those of
-recipes/shapes.yaml.
+Command line, YAML, checkpoints and model cards read them. The defaults are those of the recipe
+`shapes`.
 """
 
 import copy
@@ -9,6 +9,7 @@ import dataclasses
 import math
 import numbers
 import os
+import re
 import typing
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,7 @@ LARGEST_IMAGE = 2048  # pixels a side
 WIDEST_LAYER = 65536  # of a projection head
 LABEL_LENGTH = 64  # it becomes part of the names of files
 DEFAULT_MODEL = "resnet10_w16_small"
+RECIPES = Path(__file__).with_name("recipes")  # YAML files
 
 
 def option(
@@ -228,7 +230,7 @@ class TrainConfig(DataConfig):
     push_to_hub: str | None = _run(
         None, "ORG/NAME: push the export there when training ends; token and name are checked before"
     )
-    dry_run: bool = _run(False, "print the plan and stop")
+    dry_run: bool = _run(False, "print the plan and stop; images are counted, not read")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -698,16 +700,35 @@ PUBLIC_CODE = {
 }
 
 
+def recipes() -> dict[str, str]:
+    """What each of the package's recipes is, by its name: how the comment on top of the file begins."""
+    files = {file.stem: file.read_text(encoding="utf-8") for file in sorted(RECIPES.glob("*.yaml"))}
+    return {name: re.split(r"[;.]\s", text.removeprefix("# "))[0] for name, text in files.items()}
+
+
+def find_config(name: str | Path) -> Path:
+    """A file as it is, else the package's recipe: NAME or recipes/NAME.yaml.
+
+    >>> find_config("shapes") == find_config("recipes/shapes.yaml") == RECIPES / "shapes.yaml"
+    True
+    """
+    path = Path(name)
+    recipe = RECIPES / f"{path.stem}.yaml"
+    is_recipe = str(path) in (path.stem, recipe.name, f"recipes/{recipe.name}") and recipe.is_file()
+    return recipe if is_recipe and not path.is_file() else path
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Options in a YAML file, by their names; former names are understood.
+    """Options in a YAML file, or in the recipe of that name, by their names; former names are understood.
 
     `jitter` in a mapping `equivariance_augmentation` is `equivariance_jitter`, and so on.
     Raises CareHubError for a missing or malformed file or an unknown option.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.safe_load(find_config(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise CareHubError(f"the configuration '{path}' can't be read ({error.strerror}).") from error
+        near = suggest(str(path), recipes()) or "."
+        raise CareHubError(f"the configuration '{path}' can't be read ({error.strerror}){near}") from error
     except UnicodeDecodeError as error:
         raise CareHubError(f"the configuration '{path}' is not UTF-8 text.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

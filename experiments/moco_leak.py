@@ -60,7 +60,7 @@ def train(method: type[MoCo], config: TrainConfig) -> dict[str, float]:
 
 
 @click.command()
-@click.option("--config", default="recipes/shapes_moco.yaml", show_default=True)
+@click.option("--config", default="shapes_moco", show_default=True)
 @click.option("--epochs", default=10, show_default=True)
 @click.option("--weight", default=0.0, show_default=True)
 def main(config: str, epochs: int, weight: float) -> None:

@@ -3,7 +3,7 @@
     nice python experiments/steering.py path/to/cifar10             # all; minutes for each arm and seed
     nice python experiments/steering.py path/to/cifar10 --only twin --only C --seed 3
 
-Trains recipes/cifar10_small.yaml, but for the options of each arm, on four fifths of the training images;
+Trains the recipe cifar10_small, but for the options of each arm, on four fifths of the training images;
 kNN, linear probe and the same-image retrieval of colors are measured on the other fifth. An arm and seed
 that is in the JSON is not repeated. Prints means over the seeds as a Markdown table. What was found is
 recorded in results/tried/cifar10_steering.json (runs on a GPU without their probe, which was faulty then).
@@ -36,7 +36,6 @@ from care_hub.files import write_text
 from care_hub.training import trainer
 from care_hub.training.methods import SimCLR
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "cifar10_small.yaml"
 COLOR = (0.4, 0.4, 0.4, 0.5)
 IMAGES = 4000  # half to fit rotations, half to measure them
 MEASURES = ("same_image_hit_at_1", "same_image_mrr", "cosine", "cosine_unrotated", "motion")
@@ -208,7 +207,7 @@ def steering(encoder: Encoder, images: Tensor) -> dict[str, float]:
 def run(arm: Arm, folder: Path, splits: tuple[Images, Images], options: dict[str, Any]) -> dict[str, float]:
     """Train and measure one arm; a training that was killed goes on."""
     place = {"save_root": str(folder.parent), "run_name": folder.name, "resume": "auto", "knn_every": 0}
-    config = TrainConfig(**read_yaml(RECIPE) | FIRST | arm.options | options | place)
+    config = TrainConfig(**read_yaml("cifar10_small") | FIRST | arm.options | options | place)
     if arm.shared:
         config.views = "shared"  # which TrainConfig refuses
     with patch.multiple(trainer, load_splits=lambda *_, **__: splits, SimCLR=arm.method):

@@ -21,9 +21,8 @@ def benchmark_module(monkeypatch):
 
 def arms_and_configs(paper_table: ModuleType, recipe: str):
     arms = paper_table.ARMS.get(recipe, paper_table.OTHERS)
-    file = str(ROOT / "recipes" / f"{recipe}.yaml")
-    options = {name: paper_table.options_of(arm, arms, file, IMAGES[recipe]) for name, arm in arms.items()}
-    return arms, {name: cli.resolve(given, file) for name, given in options.items()}
+    options = {name: paper_table.options_of(arm, arms, recipe, IMAGES[recipe]) for name, arm in arms.items()}
+    return arms, {name: cli.resolve(given, recipe) for name, given in options.items()}
 
 
 @pytest.mark.parametrize("recipe", IMAGES)

@@ -5,11 +5,11 @@ import os
 import click
 import datasets
 import pytest
-from helpers import ROOT, care_hub_command, command, run
+from helpers import care_hub_command, command, run
 from PIL import Image
 
 from care_hub import cli
-from care_hub.config import EvalConfig, TrainConfig, read_yaml, to_yaml
+from care_hub.config import RECIPES, EvalConfig, TrainConfig, read_yaml, to_yaml
 from care_hub.errors import CareHubError
 from care_hub.training import trainer
 
@@ -29,6 +29,36 @@ def test_the_crop_of_the_equivariance_views_is_a_flag_or_a_word(monkeypatch):
         command(cli.train, word, "--equivariance-jitter", 0, 0, 0, 1)
     assert [config.equivariance_crop for config in configs] == [True, False, "shared"]
     assert {config.equivariance_jitter for config in configs} == {(0, 0, 0, 1)}
+
+
+def test_recipes_are_found_by_name_and_as_files_that_used_to_lie_beside_train_py(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = cli.resolve({}, str(RECIPES / "cifar10_small.yaml"))
+    for name in ("cifar10_small", "cifar10_small.yaml", "recipes/cifar10_small.yaml"):
+        assert cli.resolve({}, name) == expected
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "cifar10_small.yaml").write_text("lr: 0.7")  # a file of one's own
+    assert cli.resolve({}, "recipes/cifar10_small.yaml").lr == 0.7
+    for wrong in ("cifar10_smal", "elsewhere/shapes.yaml"):
+        assert f"configuration '{wrong}' can't be read" in command(cli.train, "--config", wrong, ok=False)
+    assert "did you mean 'cifar10_small'?" in command(cli.train, "--config", "cifar10_smal", ok=False)
+
+
+def test_recipes_are_listed_with_a_line_each():
+    *rows, empty, place = care_hub_command("recipes").splitlines()
+    assert [row.split()[0] for row in rows] == sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    assert all(len(row.split()) > 4 for row in rows) and not empty and place == f"in {RECIPES}"
+
+
+def test_train_and_probe_are_commands_of_care_hub(monkeypatch):
+    configs: list[TrainConfig | EvalConfig] = []
+    monkeypatch.setattr(trainer, "train", configs.append)
+    monkeypatch.setattr("care_hub.evaluate.commands.evaluate", configs.append)
+    care_hub_command("train", "--config", "stl10", "--lr", "0.5")
+    care_hub_command("probe", "--encoder", "x", "--dataset-name", "shapes")
+    train, probe = configs
+    assert (train.dataset_name, train.lr) == ("stl10", 0.5) and probe.encoder == "x"
+    assert "for --cos give --lr-schedule-type cosine" in care_hub_command("train", "--cos", ok=False)
 
 
 def test_values_of_the_wrong_kind_are_refused_alike_in_files_and_as_flags(tmp_path):
@@ -124,11 +154,10 @@ def test_published_command_lines_agree_with_the_recipes(name, flags, changes, _,
     """The recipes say what the public code has as defaults, its stem for small images too."""
     configs: list[TrainConfig] = []
     monkeypatch.setattr(trainer, "train", configs.append)
-    recipe = ROOT / "recipes" / f"{name}.yaml"
     words = f"--dataset-name {name} {COMMON} {flags} --model resnet50_cifar".split()
-    command(cli.train, "--config", recipe, *words)
+    command(cli.train, "--config", name, *words)
     (config,) = configs
-    assert config.published() == TrainConfig(**read_yaml(recipe)).published() | changes
+    assert config.published() == TrainConfig(**read_yaml(name)).published() | changes
     assert (config.log_freq, config.project, config.user) == (1, "project_name", "sample_user")
 
 

@@ -21,7 +21,7 @@ from helpers import ROOT, command
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from care_hub import cli
-from care_hub.config import DataConfig
+from care_hub.config import DataConfig, recipes
 from care_hub.data import shapes
 from care_hub.data.images import InMemoryImages
 from care_hub.data.sources import dataset_spec
@@ -44,6 +44,7 @@ PROGRAMS = {
     "care_hub": cli.main,
     "care-hub": cli.main,
 }
+SCRIPTS = {"train": "train.py", "probe": "eval_linear.py"}  # commands that are scripts too
 REPLACED = {  # in the text of every block
     "YOUR_NAME": "alice",  # the user of the loopback Hub
     "TrainConfig(": "TrainConfig(max_steps=2, projection_hidden=32, mixed_precision='no', ",
@@ -93,6 +94,8 @@ def run_words(words: list[str], namespace: dict) -> None:
         Path(words[-1]).mkdir(exist_ok=True)
         return
     program, *options = without_launcher(words)
+    if program in ("care-hub", "care_hub") and options[0] in SCRIPTS:
+        program, *options = SCRIPTS[options[0]], *options[1:]
     if program == "-c":
         exec(textwrap.dedent(options[0]), namespace)
     elif program == "train.py":
@@ -119,7 +122,7 @@ def fewer_images(options: list[str]) -> list[str]:
 
 def shortened(options: list[str]) -> list[str]:
     """What is added to the options of train.py."""
-    if any(word.startswith("recipes/") for word in options):
+    if "--config" in options and options[options.index("--config") + 1] in recipes():
         return ["--dry-run"]
     steps = 2
     if "--max-steps" in options:
@@ -136,10 +139,10 @@ def run_script(path: str, options: list[str]) -> None:
         main.make_context(path, options)
 
 
-def stand_ins(data: DataConfig, size: int | None = None, progress: bool = True):
+def stand_ins(data: DataConfig, size: int | None = None, progress: bool = True, decode: bool = True):
     """512 black images in place of a data set that is elsewhere."""
     if data.dataset_name in ("shapes", "imagefolder"):
-        return load_splits(data, size, progress)
+        return load_splits(data, size, progress, decode)
     size = size or dataset_spec(data.dataset_name).size
     pixels = torch.zeros(512, 3, size, size, dtype=torch.uint8)
     images = InMemoryImages(size, torch.zeros(512, dtype=torch.long), ["black"], pixels)
@@ -152,7 +155,7 @@ load_splits = trainer.load_splits
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
     """The working directory of a reader: a copy of the repository, but for its size."""
-    for name in ("train.py", "eval_linear.py", "recipes", "benchmarks", "experiments"):
+    for name in ("train.py", "eval_linear.py", "benchmarks", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "docs" / "images").mkdir(parents=True)
     (tmp_path / "docs" / "draw_claim.py").symlink_to(ROOT / "docs" / "draw_claim.py")

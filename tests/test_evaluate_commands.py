@@ -1,5 +1,6 @@
 """eval_linear.py, `care-hub knn` and `care-hub equivariance`: what they print, save and refuse."""
 
+import io
 import json
 import shutil
 from types import SimpleNamespace
@@ -58,6 +59,26 @@ def test_eval_linear_saves_head_card_and_result(encoder):
     head = care_hub.load_linear_head(encoder, dataset="shapes")
     assert head.metrics["top1"] == result["top1"] and head.class_names[0] == "circle"
     assert card_values(encoder / "export")["linear probe top-1 (backbone)"] == result["top1"]
+
+
+class Terminal(io.StringIO):
+    """Something to write to that shows progress bars."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("protocol", ["lbfgs", "sgd"])
+def test_a_probe_shows_how_far_it_is_and_where_its_head_is(encoder, photos, monkeypatch, caplog, protocol):
+    monkeypatch.setattr("sys.stderr", shown := Terminal())
+    caplog.set_level("INFO", "care_hub")
+    data = {"dataset_name": "imagefolder", "data_root": photos, "protocol": protocol, "epochs": 2}
+    commands.evaluate(EvalConfig(**data, encoder=encoder))
+    last = "penalties" if protocol == "lbfgs" else "linear head"
+    assert all(f"{title}: " in shown.getvalue() for title in ("training images", "test images", last))
+    assert str(encoder / "export" / f"linear_head.{photos.name}.safetensors") in caplog.text
+    commands.evaluate(EvalConfig(**data, encoder=encoder, label_fraction=0.5))
+    assert "a head of a part of the labels is not saved" in caplog.text
 
 
 def test_two_processes_get_what_one_gets(encoder, photos):

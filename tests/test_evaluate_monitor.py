@@ -48,12 +48,13 @@ def test_final_results_are_measured_without_labels_too(tiny_run, photos):
     train, test = load_splits(source, size=32, progress=False)
     config = TrainConfig("imagefolder", data_root=str(photos))
     state, augmentation = torch.get_rng_state(), AugmentationConfig(32)
-    both = final_results(config, encoder, train, test, augmentation, accelerator)
+    both, families = final_results(config, encoder, train, test, augmentation, accelerator)
     errors = ["rotation_error", "invariance_error", "rotation_invariance_ratio", "gram_deviation"]
     errors += ["motionless", "color_motion", "color_same_image_hit_at_1"]
     assert list(both) == ["knn_top1", *errors] and both["knn_top1"] > 85
-    alone = final_results(config, encoder, train, None, augmentation, accelerator)
+    assert list(families) == ["color"]
+    alone, _ = final_results(config, encoder, train, None, augmentation, accelerator)
     assert list(alone) == errors
     short = TrainConfig("imagefolder", data_root=str(photos), max_steps=3)
-    assert final_results(short, encoder, train, test, augmentation, accelerator) == {}
+    assert final_results(short, encoder, train, test, augmentation, accelerator) == ({}, {})
     assert torch.equal(torch.get_rng_state(), state)

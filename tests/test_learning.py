@@ -23,11 +23,9 @@ def test_the_default_run_learns_shapes_and_rotates(flags, ratio, tmp_path):
 
 @pytest.mark.parametrize("flags", [(), ("--weight", "0")])
 def test_moco_learns_shapes(flags, tmp_path):
-    assert (
-        result(tmp_path, "moco", "--config", ROOT / "recipes" / "shapes_moco.yaml", *flags)["knn_top1"] >= 45
-    )
+    assert result(tmp_path, "moco", "--config", "shapes_moco", *flags)["knn_top1"] >= 45
 
 
 def test_the_small_recipe_learns_real_cifar10(shared, tmp_path):
-    flags = ("--config", ROOT / "recipes" / "cifar10_small.yaml", "--data-root", shared("data/cifar10"))
+    flags = ("--config", "cifar10_small", "--data-root", shared("data/cifar10"))
     assert result(tmp_path, "cifar", *flags)["knn_top1"] >= 45

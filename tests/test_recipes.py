@@ -10,12 +10,12 @@ from helpers import ROOT, command, metrics
 from PIL import Image
 
 from care_hub import cli
-from care_hub.config import AUGMENTATION, TrainConfig, plain_values, read_yaml
+from care_hub.config import AUGMENTATION, TrainConfig, plain_values, read_yaml, recipes
 from care_hub.data import sources
 from care_hub.encoder import Encoder
 from care_hub.training import run
 
-RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted(recipes())
 BEFORE = json.loads((ROOT / "tests" / "recipes.json").read_text())  # what they resolved to in November 2026
 AS_BEFORE = {"weight_start_epochs": 0, "flip": 0.5, **{f"equivariance_{k}": None for k in AUGMENTATION}}
 AS_BEFORE |= {"steering_head": False}
@@ -56,7 +56,7 @@ def read_once():
 
 
 def test_recipes_say_what_they_set():
-    defaults = read_yaml(ROOT / "recipes" / "shapes.yaml")
+    defaults = read_yaml("shapes")
     for name, value in defaults.items():
         assert getattr(TrainConfig(), name) == (tuple(value) if isinstance(value, list) else value), name
 
@@ -64,7 +64,7 @@ def test_recipes_say_what_they_set():
 @pytest.mark.parametrize("recipe", BEFORE)
 def test_a_recipe_is_what_it_was_whatever_becomes_of_the_defaults(recipe):
     """Options that are newer are stated in the file, with the values that change nothing."""
-    stated = read_yaml(ROOT / "recipes" / f"{recipe}.yaml")
+    stated = read_yaml(recipe)
     options, before = plain_values(TrainConfig(**stated).published()), BEFORE[recipe]
     assert {name: options[name] for name in before} == before
     newer = options.keys() - before.keys() - OF_STEERING_HEAD - OF_A_START
@@ -75,10 +75,9 @@ def test_a_recipe_is_what_it_was_whatever_becomes_of_the_defaults(recipe):
 @pytest.mark.launches
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe(recipe, stand_ins, read_once, tmp_path, monkeypatch):
-    file = ROOT / "recipes" / f"{recipe}.yaml"
-    values = read_yaml(file)
+    values = read_yaml(recipe)
     monkeypatch.setattr(run, "plot_neighbors", lambda *_: None)  # sheets have tests of their own
-    words = ["--config", file, "--save-root", tmp_path / "runs", "--run-name", "r"]
+    words = ["--config", recipe, "--save-root", tmp_path / "runs", "--run-name", "r"]
     words += ["--batch-size", 8, "--equiv-splits", 2]
     name = values["dataset_name"]
     if name != "shapes":
@@ -104,7 +103,7 @@ def test_recipe(recipe, stand_ins, read_once, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_as_published_divides(recipe):
-    config = TrainConfig(**read_yaml(ROOT / "recipes" / f"{recipe}.yaml"))
+    config = TrainConfig(**read_yaml(recipe))
     for processes in (1, 2) if recipe == "cifar10_small" else (1, 2, 4):  # which is for two cores
         config.check_processes(processes)
 

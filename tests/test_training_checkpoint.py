@@ -138,7 +138,7 @@ def test_a_full_disk_is_a_sentence_with_the_command_to_go_on(tmp_path, monkeypat
     monkeypatch.setattr(run_module, "plot_neighbors", full)
     images = InMemoryImages(32, None, None, torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(CareHubError, match=rf"r' can't be written \(No space left on device\)\. {GO_ON}"):
-        export_run(tmp_path / "r", TrainConfig(), encoder, images, {})
+        export_run(tmp_path / "r", TrainConfig(), encoder, images, {}, {})
 
 
 def test_a_run_is_locked_until_its_process_ends_however_it_does(tmp_path):

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 from campaigns import signals
@@ -203,10 +202,10 @@ def test_slurm_requeues_what_is_to_be_resumed(tmp_path, status):
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     environment = {"PATH": path, "STATUS": str(status), "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "x"}
-    script = Path(ROOT / "recipes" / "slurm.sh")
+    script = ROOT / "care_hub" / "recipes" / "slurm.sh"
     words = ["bash", str(script), "a b.yaml", "--lr", "1"]
     assert subprocess.run(words, env=os.environ | environment, cwd=tmp_path).returncode == status
-    flags = "train.py --config a b.yaml --run-name slurm-12345 --resume auto --lr 1"
+    flags = "-m care_hub train --config a b.yaml --run-name slurm-12345 --resume auto --lr 1"
     started = (tmp_path / "started").read_text().splitlines()
     assert started == [f"{k}/2 {k} here:22345 {flags}" for k in (0, 1)]
     assert (tmp_path / "requeued").is_file() == (status == 75)

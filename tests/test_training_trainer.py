@@ -9,11 +9,24 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
-from helpers import TINY, command, metrics, randomized, refusal, train, train_here, visible
+from helpers import (
+    ROOT,
+    TINY,
+    care_hub_command,
+    command,
+    metrics,
+    randomized,
+    refusal,
+    train,
+    train_here,
+    visible,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,17 +35,19 @@ from care_hub import cli
 from care_hub.augment import AugmentationConfig
 from care_hub.config import TrainConfig
 from care_hub.encoder import Encoder
+from care_hub.errors import CareHubError
 from care_hub.hub.card import card_text
 from care_hub.models import build_backbone
 from care_hub.schedule import Plan
 from care_hub.training.checkpoint import CheckpointWriter
 from care_hub.training.progress import Progress, start_trackers
 from care_hub.training.run import conditions, initial_encoder, restore
+from care_hub.training.summary import started_by
 from care_hub.training.trainer import make_accelerator, make_encoder, make_optimizer
 
 
 def test_a_run_leaves_all_that_was_promised(tiny_run):
-    rows = [r for r in metrics(tiny_run) if "loss" in r]
+    *rows, last = metrics(tiny_run)
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
     for r in rows:
         assert {"epoch", "infonce", "equivariance", "lr", "images_per_second"} <= r.keys()
@@ -41,6 +56,7 @@ def test_a_run_leaves_all_that_was_promised(tiny_run):
     results = json.loads((tiny_run / "results.json").read_text())
     geometry = {"rotation_error", "invariance_error", "rotation_invariance_ratio", "gram_deviation"}
     assert {"knn_top1", "knn_color_top1", *geometry} <= results.keys()
+    assert last == {"step": 6, "epoch": 1, "knn_top1": pytest.approx(results["knn_top1"], abs=1e-4)}
     assert 5 < results["knn_top1"] < 100 and 0 < results["rotation_invariance_ratio"] < 1.2
     assert results["training_seconds"] > 0 and results["images_per_second"] > 0
     resolved = yaml.safe_load((tiny_run / "config.yaml").read_text())
@@ -85,31 +101,78 @@ def test_one_process_may_train_in_one_precision_after_the_other():
         assert make_accelerator(TrainConfig(mixed_precision=wanted)).mixed_precision == wanted
 
 
-def test_the_final_screen_names_the_baseline_of_this_very_run(photos, tmp_path):
-    flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32")
-    flags += ("--temperature", "0.3", "--steering-head", "--run-name", "a b", "--max-steps", "1")
-    screen = train_here(tmp_path, *flags)
-    (line,) = (line for line in screen.splitlines() if "--weight 0" in line)
-    words = shlex.split(line, comments=True)
-    assert words[:3] == ["accelerate", "launch", "train.py"]
-    command(cli.train, *words[3:])
-    care, plain = (
-        yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in ("a b", "a b-plain")
+@pytest.fixture
+def odd_data(tmp_path) -> Path:
+    """A data set with unusual columns, splits of unlike size, and a broken image, in an unusual folder."""
+    root, random = tmp_path / "odd 'data'", np.random.RandomState(0)
+    columns = {"photo": datasets.Image(), "scan": datasets.Image()}
+    for split, count in (("train", 64), ("validation", 40)):
+        images = [Image.fromarray(image) for image in random.randint(0, 256, (count, 36, 40, 3), np.uint8)]
+        cells = [*images[1:], {"bytes": b"broken", "path": "broken.png"}]
+        kinds = [f"kind {k % 3}" for k in range(count)]
+        rows = {"photo": images, "scan": cells, "label": [0.5] * count, "kind": kinds}
+        features = columns | {"label": datasets.Value("float32"), "kind": datasets.Value("string")}
+        table = datasets.Dataset.from_dict(rows, datasets.Features(features))
+        table.to_parquet(root / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+def next_commands_of(screen: str) -> list[list[str]]:
+    """The words of each command that the closing screen shows."""
+    return [shlex.split(line, comments=True) for line in screen.split("\nNext\n")[1].splitlines() if line]
+
+
+@pytest.mark.launches
+def test_every_command_on_the_final_screen_works(odd_data, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: name)  # whether or not the tests' environment is active
+    flags = ("--dataset-name", "ann/odd", "--data-root", odd_data, "--image-column", "scan")
+    flags += ("--label-column", "kind", "--dataset-label", "odd one", "--skip-broken-images")
+    flags += ("--image-size", "32", "--temperature", "0.3", "--steering-head")
+    screen = train_here("runs", *flags, "--run-name", "mine/a 'b'", "--max-steps", "1")
+    assert "Nothing was measured: --max-steps ended the run" in screen
+    shown = next_commands_of(screen)
+    assert [words[1] for words in shown] == ["embed", "-c", "probe", "train", "equivariance"]
+    for program, *words in shown:
+        words = [word.replace("YOUR_IMAGES", str(photos / "test" / "warm")) for word in words]
+        if program == "care-hub":
+            few = ["--images", "8", "--draws", "1"] if words[0] == "equivariance" else []
+            care_hub_command(*words, *few)
+        else:
+            exec(words[1])
+            assert capsys.readouterr().out == "(8, 16)\n"
+    care, plain = (tmp_path / "runs" / "mine" / name for name in ("a 'b'", "a 'b'-plain"))
+    before, after = (yaml.safe_load((run / "config.yaml").read_text()) for run in (care, plain))
+    assert {k for k in before if before[k] != after[k]} == {"weight", "run_name"} and after["weight"] == 0
+    for run, steers in ((care, True), (plain, False)):  # without lambda there is nothing to steer
+        assert all(("uniformity" in row) == steers for row in metrics(run))
+        assert (run / "export" / "contrastive_head.safetensors").exists() == steers
+        assert ("the head that rotates" in (run / "export" / "README.md").read_text()) == steers
+
+
+def test_next_commands_are_those_of_the_program_that_was_started(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    here, launched = str(ROOT / "train.py"), {"ACCELERATE_MIXED_PRECISION": "no"}
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2"}
+    probe = f"python {ROOT / 'eval_linear.py'}"
+    assert started_by(here, {}) == (f"python {here}", "care-hub", probe)
+    assert started_by(here, launched)[0] == f"accelerate launch {here}"
+    assert started_by(here, torchrun)[0] == f"torchrun --nproc_per_node 2 {here}"
+    assert started_by("/bin/care-hub", {}) == ("care-hub train", "care-hub", "care-hub probe")
+    assert started_by("/x/care_hub/__main__.py", torchrun)[0] == (
+        "torchrun --nproc_per_node 2 -m care_hub train"
     )
-    assert {k for k in care if care[k] != plain[k]} == {"weight", "run_name"} and plain["weight"] == 0
-    for name, steers in (("a b", True), ("a b-plain", False)):  # without lambda there is nothing to steer
-        assert all(("uniformity" in row) == steers for row in metrics(tmp_path / name))
-        assert (tmp_path / name / "export" / "contrastive_head.safetensors").exists() == steers
-        assert ("the head that rotates" in (tmp_path / name / "export" / "README.md").read_text()) == steers
-    comparison = next(line for line in screen.splitlines() if "care-hub equivariance" in line)
-    assert f"--data-root {photos}" in comparison
+    own = tmp_path / "train.py"  # of somebody who calls care_hub.train
+    assert started_by(str(own), {})[0] == "care-hub train"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert started_by(here, {})[1] == "python -m care_hub"
 
 
 def test_the_final_screen_suggests_nothing_that_needs_a_test_split_where_there_is_none(photos, tmp_path):
     data = ("--dataset-name", "imagefolder", "--data-root", photos / "train", "--image-size", "32")
     screen = train_here(tmp_path, *data, "--max-steps", "1")
     assert "care-hub embed" in screen and "--weight 0" in screen
-    assert "eval_linear.py" not in screen and "care-hub equivariance" not in screen
+    assert "--dataset-name" not in screen.split("\nNext\n")[1]  # no linear head, no comparison
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars"])
@@ -347,7 +410,26 @@ def test_values_go_to_the_tracker_every_so_many_steps_and_to_the_project_that_is
         start_trackers(tmp_path, some, accelerator)
     start_trackers(tmp_path, TrainConfig(project="unused"), accelerator)
     assert [project for project, *_ in started] == ["mine", "theirs", "care_hub"]
-    assert [options for *_, options in started] == [{"wandb": {"entity": "ann"}}, {}, {}]
+    own = {"name": tmp_path.name, "dir": str(tmp_path)}
+    expected = [{"wandb": own | {"entity": "ann"}}, {"wandb": own}, {"tensorboard": {}}]
+    assert [options for *_, options in started] == expected
+    monkeypatch.setenv("WANDB_NAME", "theirs")
+    start_trackers(tmp_path, config, accelerator)
+    assert started[-1][2] == {"wandb": {"dir": str(tmp_path), "entity": "ann"}}
+
+
+def test_a_tracker_that_is_missing_or_can_not_start_is_a_sentence(photos, tmp_path, monkeypatch):
+    flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32", *TINY)
+    flags += ("--save-root", tmp_path, "--max-steps", "1", "--log-with", "tensorboard")
+
+    def fails(*arguments):
+        raise RuntimeError("there is no account")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("accelerate.Accelerator.init_trackers", fails)
+        assert "--log-with tensorboard can't be started (there is no account)" in refusal(*flags)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    assert "not installed; type: pip install tensorboard" in refusal(*flags)
 
 
 def test_class_folders_with_a_broken_image(photos, tmp_path):
@@ -364,6 +446,18 @@ def test_class_folders_with_a_broken_image(photos, tmp_path):
     assert "broken.jpg" in error and "--skip-broken-images" in error
     printed = train_here(tmp_path, *flags, "--run-name", "b", "--skip-broken-images")
     assert "skipped 1 broken images" in printed and "broken.jpg" in printed and "51 images" in printed
+
+
+def test_a_dry_run_reads_no_image(odd_data, tmp_path, monkeypatch):
+    def read(*arguments):
+        raise AssertionError("an image was decoded or rendered")
+
+    monkeypatch.setattr("care_hub.data.images.to_square", read)
+    monkeypatch.setattr("care_hub.data.shapes.render", read)
+    flags = ("--dataset-name", "ann/odd", "--data-root", odd_data, "--label-column", "kind", "--dry-run")
+    assert "64 images at 224 px" in train_here(tmp_path / "runs", *flags)
+    assert "5,000 images at 32 px" in train_here(tmp_path / "runs", "--dry-run")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.launches
@@ -441,10 +535,86 @@ def test_export_holds_what_the_checkpoint_holds(tiny_run):
         assert torch.equal(tensor, stored[f"encoder.{name}"])
 
 
-def test_tensorboard_tracker(tmp_path):
-    pytest.importorskip("tensorboard")
-    train_here(tmp_path, "--max-steps", "2", "--log-with", "tensorboard", "--run-name", "t")
-    assert list((tmp_path / "t").rglob("events.out.tfevents*"))
+def test_callbacks_are_told_of_steps_epochs_and_the_end_and_change_nothing(photos, tmp_path):
+    options = {"dataset_name": "imagefolder", "data_root": photos, "image_size": 32, "mixed_precision": "no"}
+    options |= {"batch_size": 16, "equiv_splits": 4, "projection_hidden": 32, "projection_dim": 16}
+    options |= {"weight_start_epochs": 0, "max_steps": 6, "save_root": tmp_path}  # two epochs
+    rows, shapes, ends = [], {}, []
+
+    def encode(epoch: int, encoder: Encoder) -> None:
+        shapes[epoch] = encoder.encode(torch.rand(2, 3, 32, 32)).shape
+
+    callbacks = care_hub.Callbacks(rows.append, encode, lambda *found: ends.append(found))
+    results = care_hub.train(TrainConfig(**options, run_name="told"), callbacks)
+    assert rows == metrics(tmp_path / "told") and len(rows) == 6
+    assert shapes == {1: (2, 16), 2: (2, 16)} and ends == [(results, tmp_path / "told")]
+
+    def fail(epoch: int, encoder: Encoder) -> None:
+        raise CareHubError("that is enough.")
+
+    with pytest.raises(CareHubError, match="enough"):
+        care_hub.train(TrainConfig(**options, run_name="ended"), care_hub.Callbacks(epoch=fail))
+    care_hub.train(TrainConfig(**options, run_name="ended", resume=True))
+    told, ended = (care_hub.load_encoder(tmp_path / name).fingerprint for name in ("told", "ended"))
+    assert told == ended
+
+
+def test_a_run_that_is_finished_twice_has_its_closing_knn_once(tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / "tiny")
+    before = metrics(tiny_run)
+    monkeypatch.setattr("care_hub.evaluate.monitor.FINAL_IMAGES", 8)
+    command(cli.train, "--save-root", tmp_path, "--run-name", "tiny", "--resume")
+    assert metrics(tmp_path / "tiny") == before
+
+
+@pytest.fixture
+def watched(photos, tmp_path, monkeypatch):
+    """`watched(tracker)`: the folder of a run of two epochs of three steps that `tracker` has followed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(tracker: str) -> Path:
+        flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32")
+        flags += ("--epochs", "2", "--knn-every", "1", "--log-with", tracker, "--run-name", "watched")
+        train_here(Path("runs"), *flags)
+        assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # all is in the run's folder
+        assert [path.name for path in Path("runs").iterdir()] == ["watched"]
+        return Path("runs/watched")
+
+    return run
+
+
+@pytest.mark.launches
+def test_tensorboard_shows_curves_results_figures_and_hyperparameters(watched):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = watched("tensorboard")
+    events = event_accumulator.EventAccumulator(str(run / "care_hub")).Reload()
+    results = json.loads((run / "results.json").read_text())
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("knn_top1")] == [3, 6]
+    for name, value in results.items():
+        assert [(e.step, e.value) for e in events.Scalars(f"final/{name}")] == [(6, pytest.approx(value))]
+    for file in (run / "export" / "neighbors.png", run / "equivariance.png"):
+        (shown,) = events.Images(file.stem)
+        assert (shown.width, shown.height) == Image.open(file).size
+    (file,) = run.rglob("hparams.yml")
+    options = yaml.safe_load(file.read_text())
+    assert (options["lr"], options["epochs"], options["model"]) == (0.2, 2, "resnet10_w16_small")
+
+
+@pytest.mark.launches
+def test_wandb_shows_the_same(watched, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    run = watched("wandb")
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")  # protocol buffers, whose text is readable
+    content, results = file.read_bytes(), json.loads((run / "results.json").read_text())
+    for name in ("theirs", "watched", "knn_top1", *(f"final/{name}" for name in results)):
+        assert name.encode() in content, name
+    assert b"lr\x82\x01\x030.2" in content  # JSON of three characters: a number, in no quotes
+    for figure in (run / "export" / "neighbors.png", run / "equivariance.png"):
+        (shown,) = file.parent.glob(f"files/media/images/{figure.stem}_*.png")
+        np.testing.assert_array_equal(np.asarray(Image.open(shown)), Image.open(figure).convert("RGB"))
 
 
 def test_files_of_a_run_follow_the_umask_and_its_folder_may_have_any_name(photos, tmp_path):

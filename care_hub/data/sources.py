@@ -95,17 +95,20 @@ def load_split(data: DataConfig, split: str, size: int | None = None, progress: 
 
 
 def load_splits(
-    data: DataConfig, size: int | None = None, progress: bool = True
+    data: DataConfig, size: int | None = None, progress: bool = True, decode: bool = True
 ) -> tuple[Images, Images | None]:
     """The training and the test split, as `load_split` gives them.
 
-    A folder is listed once, since that can take minutes.
+    A folder is listed once, since that can take minutes. Without `decode` no image is read: those in
+    memory are black.
     """
-    images = _load(data, ["train", "test"], size, progress)
+    images = _load(data, ["train", "test"], size, progress, decode)
     return next(images), next(images, None)
 
 
-def _load(data: DataConfig, wanted: list[str], size: int | None, progress: bool) -> Iterator[Images]:
+def _load(
+    data: DataConfig, wanted: list[str], size: int | None, progress: bool, decode: bool = True
+) -> Iterator[Images]:
     """Those of the `wanted` splits that exist."""
     spec = dataset_spec(data.dataset_name)
     spec = replace(spec, size=size or spec.size)
@@ -114,7 +117,7 @@ def _load(data: DataConfig, wanted: list[str], size: int | None, progress: bool)
     if odd := {*wanted} - {"train", "test"}:
         raise CareHubError(f"there is no split '{min(odd)}'; choose 'train' or 'test'.")
     if data.dataset_name == "shapes":
-        yield from (_render_shapes(split, spec.size) for split in wanted)
+        yield from (_render_shapes(split, spec.size, decode) for split in wanted)
         return
     splits = _read_splits(data, spec)
     image, label = _choose_columns(splits, data, spec)
@@ -130,17 +133,24 @@ def _load(data: DataConfig, wanted: list[str], size: int | None, progress: bool)
             known = ", ".join(splits)
             raise CareHubError(f"data set '{data.dataset_name}' has no split '{missing[0]}'; it has {known}.")
         if names:
-            yield _make_images([splits[name] for name in names], image, classes, split, data, spec, progress)
+            parts = [splits[name] for name in names]
+            yield _make_images(parts, image, classes, split, data, spec, progress, decode)
 
 
-def _render_shapes(split: str, size: int) -> InMemoryImages:
+def _render_shapes(split: str, size: int, decode: bool) -> InMemoryImages:
     """The embedded data set, without files (`shapes.make` is for users who want it as a table)."""
     factors = shapes.split_factors(split)
-    images = [square_tensor(Image.fromarray(image), size) for image in shapes.render(factors)]
     columns = {name: torch.from_numpy(values) for name, values in factors.items()}
-    return InMemoryImages(
-        size, columns.pop("label"), list(shapes.SHAPES), torch.stack(images), columns=columns
-    )
+    labels, names = columns.pop("label"), list(shapes.SHAPES)
+    if not decode:
+        return InMemoryImages(size, labels, names, _black(len(labels), size), columns=columns)
+    images = [square_tensor(Image.fromarray(image), size) for image in shapes.render(factors)]
+    return InMemoryImages(size, labels, names, torch.stack(images), columns=columns)
+
+
+def _black(count: int, size: int) -> torch.Tensor:
+    """(count, 3, size, size) uint8, all of them the same byte of memory."""
+    return torch.zeros(1, dtype=torch.uint8).expand(count, 3, size, size)
 
 
 def _read_splits(data: DataConfig, spec: DatasetSpec) -> "datasets.DatasetDict":
@@ -340,6 +350,7 @@ def _make_images(
     data: DataConfig,
     spec: DatasetSpec,
     progress: bool,
+    decode: bool,
 ) -> Images:
     """All parts together, in memory if they fit, else streamed."""
     import datasets
@@ -352,5 +363,7 @@ def _make_images(
     labels, names = (numbers, classes.names) if (numbers >= 0).any() else (None, None)
     fits = len(rows) * 3 * spec.size**2 <= IN_MEMORY_BYTES
     size = spec.size if fits else round(spec.size * 8 / 7)
+    if fits and not decode:
+        return InMemoryImages(size, labels, names, _black(len(rows), size))
     images = StreamedImages(size, labels, names, rows, data.num_workers, data.skip_broken_images)
     return decode_into_memory(images, f"{data.dataset_name} {split}", progress) if fits else images

@@ -93,7 +93,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     elif target.absolute() != folder.absolute():
         copy_export(folder, target)
     if config.label_fraction == 1:
-        replace(heads[0], encoder=sha256(target / "model.safetensors")).save(target)
+        file = replace(heads[0], encoder=sha256(target / "model.safetensors")).save(target)
+        logger.info("The head is '%s'; the result is in the card beside it, too.", file)
+    else:
+        logger.info("The result is in the card in '%s'; a head of a part of the labels is not saved.", target)
     results = mean_over_seeds(heads)
     record(target, "accuracy", config.data_label, {config.protocol_name: results})
     if config.push_to_hub:
@@ -144,7 +147,8 @@ def evaluate_knn(
     train, test = labeled(data.dataset_name, *open_splits(encoder, data, accelerator))
     if bank is not None and bank < len(train):
         train = train.take(random_subset(len(train), bank))
-    x, queries = (embed_all(encoder, split.images, accelerator, "backbone") for split in (train, test))
+    titled = {"training images": train, "test images": test}.items()
+    x, queries = (embed_all(encoder, s.images, accelerator, "backbone", title=title) for title, s in titled)
     if not accelerator.is_main_process:
         return {}
     top1 = knn_top1(x, train.labels.to(x.device), queries, test.labels.to(x.device), k, temperature)

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from ..augment import AugmentationConfig, center_crop, permutation
 from ..config import EncoderConfig
@@ -25,19 +26,24 @@ def embed_all(
     space: str,
     batch: int = CHUNK,
     view: Callable[[Tensor, Tensor], Tensor] | None = None,
+    title: str = "",
 ) -> Tensor:
     """(N, d) embeddings of all images on every process, each process computing its share.
 
     `view`: (uint8 images, their indices) -> what the encoder sees; by default the central square.
+    `title`: of a progress bar, which there is on terminals, and only if it has one.
     """
     processes, rank = accelerator.num_processes, accelerator.process_index
     share = -(-len(images) // processes)
     own = torch.arange(rank * share, (rank + 1) * share).clamp(max=len(images) - 1)
     parts, encoder = [], encoder.evaluating()
     indices = own.split(batch)
-    for index, x in zip(indices, images.batches(indices), strict=True):
-        seen = view(x, index) if view else center_crop(x, encoder.config.image_size)
-        parts.append(encoder.embed(seen, space))
+    hidden = not title or rank > 0 or None  # None: only on a terminal
+    with tqdm(total=len(own), desc=title, unit="image", leave=False, disable=hidden) as bar:
+        for index, x in zip(indices, images.batches(indices), strict=True):
+            seen = view(x, index) if view else center_crop(x, encoder.config.image_size)
+            parts.append(encoder.embed(seen, space))
+            bar.update(len(index))
     return accelerator.gather(torch.cat(parts))[: len(images)]
 
 

@@ -42,7 +42,7 @@ def finetune(
     """
     if accelerator.is_main_process and (count := accelerator.gradient_accumulation_steps) > 1:
         logger.info("a step averages %d batches, by Accelerate's gradient_accumulation_steps", count)
-    x = embed_all(encoder, train.images, accelerator, "backbone")
+    x = embed_all(encoder, train.images, accelerator, "backbone", title="training images")
     y, names = train.labels.to(x.device), train.class_names
     heads, encoders = [], []
     for seed in range(config.seed, config.seed + config.seeds):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam
+from tqdm import tqdm
 
 from .. import augment
 from ..augment import permutation, seeded_generator
@@ -73,32 +74,46 @@ def validation_split(count: int, seed: int, fold: int = 0) -> tuple[Tensor, Tens
 
 
 def choose_penalty(
-    features: Tensor, labels: Tensor, classes: int, seed: int = 0
+    features: Tensor, labels: Tensor, classes: int, seed: int = 0, hidden: bool | None = True
 ) -> tuple[float, WeightAndBias]:
     """The penalty that does best on a held-out fifth of the training images, and a start for the fit.
 
-    Where images are few, each fifth is held out in turn. The test split is never seen.
+    Where images are few, each fifth is held out in turn. The test split is never seen. `hidden`: of
+    the progress bar, as tqdm's `disable`.
     """
     scores = dict.fromkeys(PENALTIES, 0.0)
     solutions: dict[float, WeightAndBias] = {}
-    for fold in range(min(5, len(features)) if len(features) < FEW else 1):
+    folds = range(min(5, len(features)) if len(features) < FEW else 1)
+    bar = tqdm(total=len(folds) * len(PENALTIES), desc="penalties", leave=False, disable=hidden)
+    for fold in folds:
         rest, held_out = (i.to(features.device) for i in validation_split(len(features), seed, fold))
         solution = None
         for penalty in PENALTIES:  # the solution of each is near that of the next
             weight, bias = solution = fit_linear(features[rest], labels[rest], classes, penalty, 40, solution)
             solutions[penalty] = solution
             scores[penalty] += topk_accuracy(features[held_out] @ weight.T + bias, labels[held_out], 1)
+            bar.update()
+    bar.close()
     best = max(PENALTIES, key=scores.__getitem__)
     return best, solutions[best]
 
 
-def fit_best(features: Tensor, labels: Tensor, classes: int, seed: int = 0) -> tuple[Tensor, Tensor, float]:
+def fit_best(
+    features: Tensor, labels: Tensor, classes: int, seed: int = 0, hidden: bool | None = True
+) -> tuple[Tensor, Tensor, float]:
     """(weight, bias, penalty): `fit_linear` with the penalty of `choose_penalty`."""
-    penalty, start = choose_penalty(features, labels, classes, seed)
+    penalty, start = choose_penalty(features, labels, classes, seed, hidden)
     return *fit_linear(features, labels, classes, penalty, start=start), penalty
 
 
-def fit_sgd(copies: Tensor, labels: Tensor, classes: int, config: EvalConfig, seed: int = 0) -> WeightAndBias:
+def fit_sgd(
+    copies: Tensor,
+    labels: Tensor,
+    classes: int,
+    config: EvalConfig,
+    seed: int = 0,
+    hidden: bool | None = True,
+) -> WeightAndBias:
     """(weight, bias) by the published schedule on raw features (K, N, d): epoch e sees copy e mod K."""
     lr, decay, batch_size = PUBLISHED[config.optimizer]
     lr, epochs = config.lr or lr, config.epochs or 1
@@ -109,7 +124,7 @@ def fit_sgd(copies: Tensor, labels: Tensor, classes: int, config: EvalConfig, se
         optimizer: Adam | SGD = Adam(head.parameters(), lr, weight_decay=decay)
     else:
         optimizer = SGD(head.parameters(), lr, momentum=0.9, weight_decay=decay)
-    for epoch in range(epochs):
+    for epoch in tqdm(range(epochs), "linear head", unit="epoch", leave=False, disable=hidden):
         if config.optimizer == "sgd":
             passed = sum(epoch >= fraction * epochs for fraction in LR_STEPS)
             optimizer.param_groups[0]["lr"] = lr * 0.1**passed
@@ -134,6 +149,7 @@ def linear_probe(
     Raises CareHubError if the encoder is not the same to the last bit afterwards.
     """
     began, before = time.perf_counter(), encoder.fingerprint
+    hidden = accelerator.process_index > 0 or None  # None: only on a terminal
     seeds = range(config.seed, config.seed + config.seeds)
     subsets = [label_subset(train.labels, config.label_fraction, seed) for seed in seeds]
     if config.label_fraction < 1:  # the other images are not even embedded
@@ -143,8 +159,8 @@ def linear_probe(
         numbers = range(config.augmented_copies)
         copies = torch.stack([augmented_features(encoder, train.images, accelerator, k) for k in numbers])
     else:
-        copies = embed_all(encoder, train.images, accelerator, "backbone")[None]
-    x_test = embed_all(encoder, test.images, accelerator, "backbone")
+        copies = embed_all(encoder, train.images, accelerator, "backbone", title="training images")[None]
+    x_test = embed_all(encoder, test.images, accelerator, "backbone", title="test images")
     if encoder.fingerprint != before:
         raise CareHubError("the encoder changed while its features were computed; it must be frozen.")
     y, classes = train.labels.to(copies.device), len(train.class_names)
@@ -155,9 +171,9 @@ def linear_probe(
         began, index = time.perf_counter(), subset.to(copies.device)
         metrics = {"protocol": config.protocol, "seed": seed}
         if config.protocol == "lbfgs":
-            weight, bias, metrics["penalty"] = fit_best(copies[0, index], y[index], classes, seed)
+            weight, bias, metrics["penalty"] = fit_best(copies[0, index], y[index], classes, seed, hidden)
         else:
-            weight, bias = fit_sgd(copies[:, index], y[index], classes, config, seed)
+            weight, bias = fit_sgd(copies[:, index], y[index], classes, config, seed, hidden)
         metrics |= top_accuracies(x_test @ weight.T + bias, test.labels)
         metrics |= {"n_train": len(subset), "n_test": len(test), "features_seconds": features_seconds}
         metrics["head_seconds"] = round(time.perf_counter() - began, 2)
@@ -182,4 +198,4 @@ def augmented_features(encoder: Encoder, images: Images, accelerator: Accelerato
     def view(x: Tensor, index: Tensor) -> Tensor:
         return augment.apply(x, params.rows(index), config)
 
-    return embed_all(encoder, images, accelerator, "backbone", view=view)
+    return embed_all(encoder, images, accelerator, "backbone", view=view, title=f"copy {copy + 1}")

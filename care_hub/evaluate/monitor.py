@@ -1,5 +1,7 @@
 """What is measured during and after training, by all processes together."""
 
+from typing import Any
+
 from accelerate import Accelerator
 
 from ..augment import AugmentationConfig, center_crop, permutation
@@ -59,13 +61,15 @@ def final_results(
     test: Images | None,
     augmentation: AugmentationConfig,
     accelerator: Accelerator,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, Any]]:
     """The final results of a run: kNN; on 2,000 held-out images the rotation errors, and what color does.
 
-    Empty for a run that `max_steps` cuts short, unless `knn_every` asks for them.
+    The latter also by family, as `measure_equivariance` gives it. On the main process; both empty
+    for a run that `max_steps` cuts short, unless `knn_every` asks for them.
     """
+    families: dict[str, Any] = {}
     if config.max_steps and not config.knn_every:
-        return {}
+        return {}, families
     columns = {"knn_top1": "label"}
     if config.dataset_name == "shapes":
         columns["knn_color_top1"] = "color"
@@ -81,4 +85,4 @@ def final_results(
         for name in ("motion", "same_image_hit_at_1"):
             results[f"color_{name}"] = families["color"][name][0]
     accelerator.wait_for_everyone()
-    return {k: round(v, 4) for k, v in results.items() if v is not None and v == v}
+    return {k: round(v, 4) for k, v in results.items() if v is not None and v == v}, families

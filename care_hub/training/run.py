@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TextIO
+from typing import Any, TextIO
 
 import accelerate
 import timm
@@ -32,7 +32,7 @@ from ..hub.card import card_license, write_card
 from ..hub.export import fill, folder_lock, read_config
 from ..hub.push import push_folder
 from ..hub.registry import locate
-from ..report.figures import plot_neighbors
+from ..report.figures import plot_geometry, plot_neighbors
 from .checkpoint import (
     check_optimizer,
     complete_checkpoints,
@@ -230,9 +230,16 @@ def rehearse(encoder: Encoder, images: int) -> None:
 
 
 def export_run(
-    run: Path, config: TrainConfig, encoder: Encoder, images: Images, results: dict[str, float]
+    run: Path,
+    config: TrainConfig,
+    encoder: Encoder,
+    images: Images,
+    results: dict[str, float],
+    families: dict[str, Any],
 ) -> None:
-    """Write export/ with its card and a sheet of neighbors among `images`, and results.json."""
+    """Write export/ with its card and a sheet of neighbors among `images`, results.json, and a figure
+    of the `families` of augmentations that were measured, if there are any.
+    """
     encoder.config = replace(
         encoder.config,
         method=config.method_name,
@@ -248,6 +255,8 @@ def export_run(
     with resumable(run):
         encoder.save_pretrained(run / "export")
         write_text(run / "results.json", json.dumps(results, indent=2) + "\n")
+        if families:
+            plot_geometry({"": {"families": families}}, run / "equivariance.png")
         some = images.take(torch.arange(min(SHEET_IMAGES, len(images))))
         plot_neighbors({"": encoder}, some, run / "export" / "neighbors.png")
         write_card(run / "export")

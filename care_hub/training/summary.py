@@ -1,13 +1,18 @@
 """What a user sees before training and after it."""
 
+import json
+import os
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from ..config import TrainConfig
+from ..config import DataConfig, TrainConfig
 from ..data.images import Images
 from ..encoder import Encoder
 from ..metrics import FINAL_METRICS, METRICS
@@ -85,7 +90,11 @@ def final_screen(
     minutes, speed = results["training_seconds"] / 60, results["images_per_second"]
     trained = f"Trained {config.method_name} on {config.dataset_name}"
     lines = ["", f"{trained} in {minutes:.1f} minutes ({speed:.0f} images/s).", ""]
-    for key in [key for key in FINAL_METRICS if key in results]:
+    measured = [key for key in FINAL_METRICS if key in results]
+    if not measured:
+        reason = "--max-steps ended the run, without --knn-every" if config.max_steps else "too few images"
+        lines.append(f"  Nothing was measured: {reason}.")
+    for key in measured:
         metric, value = METRICS[key], results[key]
         shown = f"{value:6.1f} %" if metric.unit == "%" else f"{value:8.4f}"
         lines.append(f"  {metric.title:<22}{shown:<10} {metric.meaning}")
@@ -93,30 +102,60 @@ def final_screen(
         lines += ["", f"  {skipped} broken images were skipped."]
     lines += ["", f"Results    {run / 'results.json'}, {run / 'metrics.jsonl'}"]
     lines += [f"Encoder    {run / 'export'}   (neighbors.png there shows what it finds alike)"]
-    return "\n".join([*lines, "", "Next", *next_commands(config, run, test)])
+    return "\n".join([*lines, "", "Next", *next_commands(config, run, train, test)])
 
 
-def next_commands(config: TrainConfig, run: Path, test: Images | None) -> list[str]:
+def next_commands(config: TrainConfig, run: Path, train: Images, test: Images | None) -> list[str]:
     """Commands that use the encoder, and train and compare its baseline, as far as the data allows."""
-    name = shlex.quote(str(run))
-    data = f"--dataset-name {config.dataset_name}"
-    if config.data_root:
-        data += f" --data-root {shlex.quote(config.data_root)}"
-    if config.dataset_label:
-        data += f" --dataset-label {shlex.quote(config.dataset_label)}"
+    train_command, care_hub, probe = started_by(sys.argv[0], os.environ)
+    name, data = shlex.quote(str(run)), data_options(config)
+    encode = f'care_hub.load_encoder({json.dumps(str(run), ensure_ascii=False)}).encode("YOUR_IMAGES")'
     commands = [
-        f"  care-hub embed YOUR_IMAGES --encoder {name} -o embeddings.parquet",
-        f"  python -c \"import care_hub; print(care_hub.load_encoder('{run}').encode('YOUR_IMAGES').shape)\"",
+        f"  {care_hub} embed YOUR_IMAGES --encoder {name} -o embeddings.parquet",
+        f"  python -c {shlex.quote(f'import care_hub; print({encode}.shape)')}",
     ]
-    if test and test.labels is not None:
-        commands += [f"  python eval_linear.py --encoder {name} {data}   # a linear head"]
-    if config.weight:
-        plain = shlex.quote(f"{run.name}-plain")
-        if config.push_to_hub:
-            plain += " --push-to-hub ''"
-        train = f"train.py --config {shlex.quote(str(run / 'config.yaml'))} --weight 0 --run-name {plain}"
-        commands += [f"  accelerate launch {train}   # the baseline"]
-        if test:
+    if test and test.labels is not None and train.labels is not None:
+        commands += [f"  {probe} --encoder {name} {data}   # a linear head"]
+    if config.weight and config.loss_subtype != "none":  # which without lambda leaves no loss
+        plain = f"{os.path.relpath(run, config.save_root)}-plain"
+        words = ["--config", str(run / "config.yaml"), "--weight", "0", "--run-name", plain]
+        words += ["--push-to-hub", ""] * bool(config.push_to_hub)
+        commands += [f"  {train_command} {shlex.join(words)}   # the baseline"]
+        if test and len(test) >= 4:
             twin = shlex.quote(f"{run}-plain")
-            commands += [f"  care-hub equivariance {name} {twin} {data} -o compared"]
+            commands += [f"  {care_hub} equivariance {name} {twin} {data} -o compared"]
     return commands
+
+
+def data_options(data: DataConfig) -> str:
+    """The options of a data set as they are typed, but for those with their defaults.
+
+    >>> data_options(TrainConfig("imagefolder", data_root="my images", skip_broken_images=True))
+    "--dataset-name imagefolder --data-root 'my images' --skip-broken-images"
+    """
+    words: list[str] = []
+    for option in fields(DataConfig):
+        value = getattr(data, option.name)
+        if value != option.default:
+            words += ["--" + option.name.replace("_", "-"), *([] if value is True else [str(value)])]
+    return shlex.join(words)
+
+
+def started_by(script: str, environment: Mapping[str, str]) -> tuple[str, str, str]:
+    """How train.py, `care-hub` and eval_linear.py are called by whoever started this program.
+
+    `script` is its sys.argv[0]: train.py of a checkout, or `care-hub`, or what calls `care_hub.train`.
+
+    >>> started_by("__main__.py", {"ACCELERATE_MIXED_PRECISION": "no"})[0]
+    'accelerate launch -m care_hub train'
+    """
+    launcher = ""
+    if "ACCELERATE_MIXED_PRECISION" in environment:
+        launcher = "accelerate launch"
+    elif "TORCHELASTIC_RUN_ID" in environment:
+        launcher = f"torchrun --nproc_per_node {environment['LOCAL_WORLD_SIZE']}"
+    care_hub = "care-hub" if shutil.which("care-hub") else "python -m care_hub"
+    probe = Path(script).with_name("eval_linear.py")
+    if Path(script).name == "train.py" and probe.is_file():
+        return f"{launcher or 'python'} {shlex.quote(script)}", care_hub, f"python {shlex.quote(str(probe))}"
+    return f"{launcher} -m care_hub train" if launcher else f"{care_hub} train", care_hub, f"{care_hub} probe"

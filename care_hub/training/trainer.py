@@ -33,7 +33,7 @@ from .checkpoint import CheckpointWriter, resume_options
 from .divergence import check_weights, largest_size
 from .methods import MoCo, SimCLR, Steering
 from .preemption import Preempted, Preemption
-from .progress import Progress, start_trackers
+from .progress import NO_CALLBACKS, Callbacks, Progress, start_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Setup:
     plan: Plan
     augmentation: AugmentationConfig
     encoder: Encoder
+    callbacks: Callbacks
 
 
 @dataclass
@@ -72,12 +73,13 @@ class Session:
         self.writer.pool.shutdown()  # waits for a checkpoint that is being written
 
 
-def train(config: TrainConfig) -> dict[str, float]:
+def train(config: TrainConfig, callbacks: Callbacks = NO_CALLBACKS) -> dict[str, float]:
     """Train, evaluate and export as `config` says; returns what is written to results.json.
 
     Progress goes to the `care_hub` logger. The global random state is left as it was. Raises
     CareHubError for user errors; everything up to the last checkpoint is kept then. Raises
-    Preempted, which is one, if the run was asked to stop.
+    Preempted, which is one, if the run was asked to stop. `callbacks`: functions to be called
+    meanwhile.
     """
     config = config.take_over(launched_accumulation())
     accelerator = make_accelerator(config)
@@ -91,7 +93,7 @@ def train(config: TrainConfig) -> dict[str, float]:
     on_gpu = accelerator.device.type == "cuda"
     with torch.random.fork_rng([accelerator.device] if on_gpu else []), peer_errors():
         torch.manual_seed(config.seed)  # the same initial weights on every process
-        setup = set_up(config, accelerator)
+        setup = set_up(config, accelerator, callbacks)
         if config.dry_run:
             return {}
         with (
@@ -113,6 +115,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=config.save_root,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation),
     )
+    if accelerator.log_with == [] and config.log_with != "none":
+        missing = f"`log_with='{config.log_with}'` needs a package that is not installed"
+        raise CareHubError(f"{missing}; type: pip install {config.log_with}.")
     config.check_processes(accelerator.num_processes)
     if config.push_to_hub and accelerator.is_main_process:
         (check_name if config.dry_run else check_push)(config.push_to_hub)
@@ -132,14 +137,14 @@ def precision(wanted: str) -> str:
     return "bf16" if any(probe() for probe in probes if probe) else "no"
 
 
-def set_up(config: TrainConfig, accelerator: Accelerator) -> Setup:
+def set_up(config: TrainConfig, accelerator: Accelerator, callbacks: Callbacks) -> Setup:
     """Read the initial weights and the data, build the encoder and say the plan."""
     main = accelerator.is_main_process
     # One process of each machine fills the caches of `datasets` and of the Hub; the others wait for it.
     with accelerator.local_main_process_first():
         if initial := run.initial_encoder(config):
             config = config.start_from(initial.config)
-        train_images, test_images = load_splits(config, config.image_size, progress=main)
+        train_images, test_images = load_splits(config, config.image_size, main, not config.dry_run)
     plan, augmentation = Plan.of(config, len(train_images)), training_augmentation(config)
     if initial:  # its weights expect images normalized so, whatever their statistics are
         augmentation = replace(augmentation, mean=initial.config.mean, std=initial.config.std)
@@ -149,7 +154,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Setup:
         torch.manual_seed(config.seed)
     smallest = config.batch_size * (1 if config.method == "moco" else 2)  # batch that the encoder sees
     from_main(lambda: run.rehearse(encoder, min(2, smallest)))
-    setup = Setup(config, accelerator, train_images, test_images, plan, augmentation, encoder)
+    setup = Setup(config, accelerator, train_images, test_images, plan, augmentation, encoder, callbacks)
     if main:
         log_plan(setup)
     return setup
@@ -213,7 +218,7 @@ def start(setup: Setup, folder: Path) -> Session:
         if isinstance(images, InMemoryImages):
             images.to(accelerator.device)
     start_trackers(folder, config, accelerator)
-    progress = Progress(folder, setup.plan, step, seconds, config, accelerator)
+    progress = Progress(folder, setup.plan, step, seconds, config, accelerator, setup.callbacks)
     writer = CheckpointWriter(folder / "checkpoints", step)
     return Session(folder, method, optimizer, progress, writer, step, largest)
 
@@ -274,6 +279,7 @@ def fit(setup: Setup, session: Session, preemption: Preemption) -> int:
                 # Every process embeds its share of the images: all take part.
                 (top1,) = knn_monitor(config, setup.encoder, setup.train, setup.test, accelerator)
                 progress.add_knn(done, top1)
+            progress.end_epoch(done, setup.encoder)
     return session.start
 
 
@@ -303,21 +309,27 @@ def finish(setup: Setup, session: Session, done: int, preemption: Preemption) ->
     Raises Preempted, after saving, for a run that was asked to stop.
     """
     config, accelerator, folder = setup.config, setup.accelerator, session.folder
-    session.progress.close()
+    progress = session.progress
+    progress.close()
     save_checkpoint(setup, session, done)
+    progress.end_epoch(done, setup.encoder)
     stopped = f"stopped at step {done} of {setup.plan.stop}"
     preempted = Preempted(f"{stopped}; resume it with {resume_options(folder)}.")
     if session.stopped:
         from_main(session.writer.wait)  # no process ends before: a launcher would end the others
         raise preempted
     preemption.raise_from_now_on(preempted)
-    results = final_results(config, setup.encoder, setup.train, setup.test, setup.augmentation, accelerator)
+    splits = (setup.train, setup.test)
+    results, families = final_results(config, setup.encoder, *splits, setup.augmentation, accelerator)
+    progress.add_knn(done, results.get("knn_top1"))
     session.writer.wait()
-    seconds, images = session.progress.seconds, done * config.batch_size * config.gradient_accumulation
+    seconds, images = progress.seconds, done * config.batch_size * config.gradient_accumulation
     results |= {"training_seconds": round(seconds, 1), "images_per_second": round(images / seconds, 1)}
     if accelerator.is_main_process:
-        run.export_run(folder, config, setup.encoder, setup.test or setup.train, results)
-        logger.info(summary.final_screen(config, folder, results, setup.train, setup.test))
+        run.export_run(folder, config, setup.encoder, setup.test or setup.train, results, families)
+        progress.add_results(done, results)
+        setup.callbacks.end(results, folder)
+        logger.info(summary.final_screen(config, folder, results, *splits))
         if config.push_to_hub:
             run.push_run(folder, config.push_to_hub)
     for tracker in accelerator.trackers:

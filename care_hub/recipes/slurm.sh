@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several nodes under Slurm: `sbatch recipes/slurm.sh recipes/imagenet100_simclr.yaml --data-root /data/imagenet`
+# Several nodes under Slurm: `sbatch slurm.sh imagenet100_simclr --data-root /data/imagenet`
 # Two minutes before the time is up, or when preempted, the run saves, and the job goes back to the queue.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
@@ -19,7 +19,7 @@ export MASTER_ADDR MASTER_PORT
 # The job keeps its number when it is requeued, so the same command starts the run and resumes it.
 status=0
 srun bash -c 'exec env RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS" python "$@"' _ \
-  train.py --config "$recipe" --run-name "slurm-$SLURM_JOB_ID" --resume auto "$@" || status=$?
+  -m care_hub train --config "$recipe" --run-name "slurm-$SLURM_JOB_ID" --resume auto "$@" || status=$?
 if ((status == 75)); then # saved, to be resumed
   scontrol requeue "$SLURM_JOB_ID"
 fi
