@@ -42,7 +42,6 @@ from care_hub.hub.evaluation_record import read_record
 from care_hub.rotation import Rotation
 from care_hub.schedule import Plan
 from care_hub.training.batches import training_augmentation
-from care_hub.training.trainer import precision
 
 LABEL_FRACTIONS = (0.01, 0.1)
 FAMILIES = {"recipe": "full recipe", "color": "color", "hue": "hue", "crop": "crop"}  # names in results
@@ -201,7 +200,7 @@ def main(
     data = ["--data-root", data_root] if data_root else []
     config = cli.resolve({"data_root": data_root}, recipe)
     splits, augmentation = load_splits(config, config.image_size), training_augmentation(config)
-    settings = f"{config.model}, batch {config.batch_size}, {hardware()}, precision {precision('auto')}"
+    settings = f"{config.model}, batch {config.batch_size}, {hardware()}, precision {config.mixed_precision}"
     before = recorded(recipe, settings)
     measured: Arms = {}
     for name, arm in arms.items():
