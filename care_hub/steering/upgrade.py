@@ -95,18 +95,19 @@ def upgrade(sources: Sequence[str], pairs: str, output: str, force: bool = False
 
 
 def fit_map(z_old: Tensor, z_new: Tensor, seed: int = 0) -> Fit:
-    """The map from (N, d_old) to (N, d_new) unit vectors: fitted on one half, measured on a quarter.
+    """The map from (N, d_old) to (N, d_new) unit vectors: fitted on 3/4, measured on 1/4 of them.
 
-    The other quarter decides whether it is orthogonal (where d differs: into a larger space, or out of
-    one) or linear. `z_old[i]` and `z_new[i]` are of one image. Warns of few pairs.
+    Orthogonal (where d differs: into a larger space, or out of one), unless a linear map fitted on one
+    half is better on the next quarter. `z_old[i]`, `z_new[i]` are of one image. Warns of few pairs.
     """
     part = min(len(z_old) // 4, MOST_MEASURED)
     order = permutation(len(z_old), seed, "pairs")
     fitting, choosing, measuring = order.split([len(order) - 2 * part, part, part])
+    both = torch.cat([fitting, choosing])
     d = max(z_old.shape[1], z_new.shape[1])
-    if len(fitting) < PAIRS_PER_DIMENSION * d:
-        enough = f"take {2 * PAIRS_PER_DIMENSION * d:,} or more, of which one half is for fitting"
-        logger.warning("%d pairs are few for a map in %d dimensions; %s.", len(fitting), d, enough)
+    if len(both) < PAIRS_PER_DIMENSION * d:
+        enough = f"take {-(-PAIRS_PER_DIMENSION * d * 4 // 3):,} or more, of which 3/4 are for fitting"
+        logger.warning("%d pairs are few for a map in %d dimensions; %s.", len(both), d, enough)
     maps = {name: fit(z_old[fitting], z_new[fitting]) for name, fit in MAPS.items()}
 
     def recall(mapped: Tensor, rows: Tensor) -> float:
@@ -115,11 +116,12 @@ def fit_map(z_old: Tensor, z_new: Tensor, seed: int = 0) -> Fit:
     gain = recall(z_old[choosing].double() @ maps["linear"].T, choosing)
     gain -= recall(z_old[choosing].double() @ maps["orthogonal"].T, choosing)
     name = "linear" if gain > GAIN else "orthogonal"
+    matrix = MAPS[name](z_old[both], z_new[both])
     before, after = z_old[measuring], z_new[measuring]
-    carried = F.normalize(before.double() @ maps[name].T, dim=1)
+    carried = F.normalize(before.double() @ matrix.T, dim=1)
     alike = before.shape == after.shape
     measured = {
-        "fitted_pairs": len(fitting),
+        "fitted_pairs": len(both),
         "measured_pairs": part,
         "recall_at_10": recall(carried, measuring),
         "recall_at_10_chance": 100 * NEIGHBORS / (part - 1),
@@ -127,7 +129,7 @@ def fit_map(z_old: Tensor, z_new: Tensor, seed: int = 0) -> Fit:
         "cosine": (carried * after).sum(dim=1).mean().item(),
         "cosine_without_map": (before * after).sum(dim=1).mean().item() if alike else None,
     }
-    return Fit(name, maps[name], measured)
+    return Fit(name, matrix, measured)
 
 
 def neighbor_recall(z: Tensor, carried: Tensor, k: int = NEIGHBORS) -> Tensor:
