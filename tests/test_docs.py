@@ -109,7 +109,7 @@ def fewer_images(options: list[str]) -> list[str]:
     """What is added to the options of `care-hub`."""
     if "equivariance" in options:
         return ["--images", "40", "--draws", "1"]
-    if "search" in options:  # after a fit to few images
+    if "search" in options or "upgrade" in options:  # after a fit to few images
         return ["--force"]
     if "rotations" not in options:
         return []
