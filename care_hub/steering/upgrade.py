@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +53,7 @@ def upgrade(sources: Sequence[str], pairs: str, output: str, force: bool = False
     target, files = Path(output), parquet_files(sources)
     if target.suffix != ".parquet":
         raise CareHubError(f"'{output}' must end in .parquet.")
-    if any(os.path.realpath(target) == os.path.realpath(source) for source in [*files, pairs]):
+    if target.resolve() in [path.resolve() for path in (*files, Path(pairs))]:
         raise CareHubError(f"'{output}' is read here; give another name to what is written.")
     abouts = read_origins(files)
     old = abouts[0]
