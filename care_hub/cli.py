@@ -433,6 +433,18 @@ def search(embeddings: tuple[str, ...], query: str, output: str | None, **option
 
 
 @main.command()
+@click.argument("embeddings", nargs=-1, required=True, type=PATH)
+@click.option("--pairs", required=True, type=PATH, help="embeddings of some of the images by the new encoder")
+@click.option("-o", "--output", required=True, type=PATH, help="a .parquet file")
+@click.option("--force", is_flag=True, help="also where recall@10 on held-out pairs is below 50 %")
+def upgrade(embeddings: tuple[str, ...], pairs: str, output: str, force: bool) -> None:
+    """Carry EMBEDDINGS, .parquet of `care-hub embed`, over to a new encoder by a map fitted on pairs."""
+    from .steering.upgrade import upgrade as carry_over
+
+    print(carry_over(embeddings, pairs, output, force))
+
+
+@main.command()
 @click.argument("encoder")
 @click.option("--images", required=True, type=PATH, help="a folder of images")
 @click.option("-o", "--output", default="demo.html", type=PATH, help="the page")

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from .hub.export import folder_lock
 from .hub.registry import locate
 
 PART = 4096  # images
+ROWS = 65536  # of a .parquet file that are read at once, or one row group of it
 Arrays = Iterator[np.ndarray]  # (n, d), one after the other
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,83 @@ def read_embeddings(path: str | Path) -> tuple[list[str], np.ndarray, dict[str, 
         return names, z, about
     except (OSError, EOFError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise CareHubError(f"'{path}' is not a file of embeddings with names ({error}).") from error
+
+
+def parquet_files(sources: Sequence[str]) -> list[Path]:
+    """The .parquet files among, and in, `sources`. Raises CareHubError where there are none."""
+    files: list[Path] = []
+    for source in sources:
+        path = Path(source)
+        if not os.path.exists(source):
+            raise CareHubError(f"there is no file or folder '{source}'.")
+        inside = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        if not inside or inside[0].suffix != ".parquet":
+            raise CareHubError(f"'{source}' is, or has, no .parquet file of `care-hub embed`.")
+        files += inside
+    return files
+
+
+def read_origins(files: Sequence[Path]) -> list[dict[str, str]]:
+    """What each of some files of one encoder says of itself, see `read_metadata`.
+
+    Raises CareHubError for files of several encoders, or that do not say which.
+    """
+    abouts = [read_metadata(file) for file in files]
+    spaces = {(about.get("encoder"), about.get("space")) for about in abouts}
+    if len(spaces) > 1:
+        raise CareHubError("these files have embeddings of several encoders or spaces; take them apart.")
+    ((fingerprint, space),) = spaces
+    if not fingerprint or space not in ("projection", "backbone"):
+        raise CareHubError(f"'{files[0]}' does not say which encoder made it; embed the images again.")
+    return abouts
+
+
+def dimensions(path: Path) -> int:
+    """How many numbers an embedding in a .parquet file has. Raises CareHubError for a file without such."""
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(path).field("embedding").type.list_size
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CareHubError(f"'{path}' has no embeddings of a fixed size ({error}).") from error
+
+
+def stream_embeddings(path: Path, d: int) -> Iterator[np.ndarray]:
+    """The embeddings (n, d) in a .parquet file, some ten thousand at a time.
+
+    Raises CareHubError for a file without such.
+    """
+    for _, z in _stream(path, d, ["embedding"]):
+        yield z
+
+
+def stream_named_embeddings(path: Path, d: int) -> Iterator[tuple[list[str], np.ndarray]]:
+    """`stream_embeddings`, with the names of the images. Raises CareHubError also where these are missing."""
+    return _stream(path, d, ["embedding", "path"])
+
+
+def _stream(path: Path, d: int, columns: list[str]) -> Iterator[tuple[list[str], np.ndarray]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            kind = file.schema_arrow.field("embedding").type
+            fixed = pa.types.is_fixed_size_list(kind) and kind.list_size == d
+            if not fixed or kind.value_type != pa.float32():
+                raise ValueError(f"a column of {kind}")
+            groups: list[int] = []
+            for group in range(file.num_row_groups):
+                groups.append(group)
+                rows = sum(file.metadata.row_group(g).num_rows for g in groups)
+                if rows >= ROWS or group == file.num_row_groups - 1:
+                    for batch in file.read_row_groups(groups, columns=columns).to_batches():
+                        z = batch["embedding"].flatten().to_numpy(zero_copy_only=False).reshape(-1, d)
+                        yield batch["path"].to_pylist() if "path" in columns else [], z
+                    groups = []
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors
+        named = " with names" if "path" in columns else ""
+        raise CareHubError(f"'{path}' has no embeddings of {d} numbers{named} ({error}).") from error
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
@@ -270,18 +348,25 @@ class PartialEmbeddings:
             temporary.unlink(missing_ok=True)
 
 
-def _write_parquet(path: Path, names: list[str], dim: int, arrays: Arrays, about: dict[str, str]) -> None:
+def write_named_embeddings(
+    path: Path, dim: int, rows: Iterator[tuple[list[str], np.ndarray]], about: dict[str, str]
+) -> None:
+    """Write names and embeddings (n, dim) float32, as they come, to a .parquet file with metadata `about`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pa.schema({"path": pa.string(), "embedding": pa.list_(pa.float32(), dim)}, about)
     with open(path, "wb") as file, pq.ParquetWriter(file, schema) as writer:
-        # Parquet's text is UTF-8: other bytes of a name become escape sequences, as Python writes them.
-        paths = (name.encode(errors="backslashreplace").decode() for name in names)
-        for z in arrays:
+        for names, z in rows:
+            # Parquet's text is UTF-8: other bytes of a name become escape sequences, as Python writes them.
+            paths = [name.encode(errors="backslashreplace").decode() for name in names]
             vectors = pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), dim)
-            rows = {"path": list(islice(paths, len(z))), "embedding": vectors}
-            writer.write_table(pa.table(rows, schema=schema))
+            writer.write_table(pa.table({"path": paths, "embedding": vectors}, schema=schema))
+
+
+def _write_parquet(path: Path, names: list[str], dim: int, arrays: Arrays, about: dict[str, str]) -> None:
+    left = iter(names)
+    write_named_embeddings(path, dim, ((list(islice(left, len(z))), z) for z in arrays), about)
 
 
 def _write_safetensors(path: Path, names: list[str], dim: int, arrays: Arrays, about: dict[str, str]) -> None:

@@ -1,19 +1,17 @@
 """The nearest of stored embeddings to an image, or to what rotations make of it: `care-hub search`."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..embed_folder import read_metadata
+from ..embed_folder import parquet_files, read_origins, stream_embeddings
 from ..encoder import Encoder
 from ..errors import CareHubError
 from ..hub.registry import locate
 from ..hub.rotation_set import RotationSet, find_rotations
-
-ROWS = 65536  # that are read at once, or one row group of the file
 
 
 class Hit(NamedTuple):
@@ -44,14 +42,9 @@ def search(
     """
     if os.path.isdir(query):
         raise CareHubError(f"a query is one image; '{query}' is a folder.")
-    files = _files(sources)
-    abouts = [read_metadata(file) for file in files]
-    spaces = {(about.get("encoder"), about.get("space")) for about in abouts}
-    if len(spaces) > 1:
-        raise CareHubError("these files have embeddings of several encoders or spaces; search them apart.")
-    ((fingerprint, space),) = spaces
-    if not fingerprint or space not in ("projection", "backbone"):
-        raise CareHubError(f"'{files[0]}' does not say which encoder made it; embed the images again.")
+    files = parquet_files(sources)
+    abouts = read_origins(files)
+    fingerprint, space = abouts[0]["encoder"], abouts[0]["space"]
     name = encoder or abouts[0].get("encoder_name")
     if not name:
         raise CareHubError(f"'{files[0]}' does not name its encoder; give it as `encoder`.")
@@ -121,7 +114,7 @@ def nearest(
     query = (query / np.linalg.norm(query).clip(1e-12)).astype(np.float32)
     for number, path in enumerate(files):
         start = 0
-        for z in embeddings(path, len(query)):
+        for z in stream_embeddings(path, len(query)):
             z = z if projector is None else z @ projector
             similarity = z @ query
             similarity /= np.sqrt(np.einsum("nd,nd->n", z, z)).clip(1e-12)
@@ -134,35 +127,6 @@ def nearest(
     return best
 
 
-def embeddings(path: Path, d: int) -> Iterator[np.ndarray]:
-    """The embeddings (n, d) in a .parquet file, some ten thousand at a time.
-
-    Raises CareHubError for a file without such.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path, memory_map=True) as file:
-            kind = file.schema_arrow.field("embedding").type
-            if (
-                not pa.types.is_fixed_size_list(kind)
-                or kind.list_size != d
-                or kind.value_type != pa.float32()
-            ):
-                raise ValueError(f"a column of {kind}")
-            groups: list[int] = []
-            for group in range(file.num_row_groups):
-                groups.append(group)
-                rows = sum(file.metadata.row_group(g).num_rows for g in groups)
-                if rows >= ROWS or group == file.num_row_groups - 1:
-                    for chunk in file.read_row_groups(groups, columns=["embedding"]).column(0).chunks:
-                        yield chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, d)
-                    groups = []
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors
-        raise CareHubError(f"'{path}' has no embeddings of {d} numbers ({error}).") from error
-
-
 def _paths(path: Path, rows: list[int]) -> list[str]:
     """The names of the images in these rows of a file. Raises CareHubError for a file without names."""
     import pyarrow.parquet as pq
@@ -171,17 +135,3 @@ def _paths(path: Path, rows: list[int]) -> list[str]:
         return pq.read_table(path, columns=["path"], memory_map=True)["path"].take(rows).to_pylist()
     except (OSError, ValueError, KeyError) as error:
         raise CareHubError(f"'{path}' has no names of images ({error}).") from error
-
-
-def _files(sources: Sequence[str]) -> list[Path]:
-    """The .parquet files among, and in, `sources`. Raises CareHubError where there are none."""
-    files: list[Path] = []
-    for source in sources:
-        path = Path(source)
-        if not os.path.exists(source):
-            raise CareHubError(f"there is no file or folder '{source}'.")
-        inside = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        if not inside or inside[0].suffix != ".parquet":
-            raise CareHubError(f"'{source}' is, or has, no .parquet file of `care-hub embed`.")
-        files += inside
-    return files
