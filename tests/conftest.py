@@ -26,15 +26,9 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # of pytest-xdist, which share the cores
-torch.set_num_threads(max(1, (cores or 1) // workers))
+torch.set_num_threads(max(1, cores or 1))
 # float32 on every machine, so that a figure that a test expects is the same everywhere.
 torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
-
-
-def pytest_xdist_auto_num_workers(config) -> int:
-    """All tests run in a process for each core, at most four; those of files that are named in this one."""
-    return 0 if config.option.file_or_dir else min(4, cores or 1)
 
 
 @pytest.fixture
