@@ -40,7 +40,7 @@ class LoopbackHub:
 
     `hub.faults[word] = [503, "cut", ...]`: what happens to the next requests whose method and path contain
     `word`: a status, "cut" (the connection drops half way), "lost" (done, but the answer is lost), "drip"
-    (ten bytes a second), or "hang" (no answer until the server is closed).
+    (ten bytes a second), "stall" (one byte), or "hang" (no answer until the server is closed).
     """
 
     def __init__(self):
@@ -130,9 +130,13 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.fault == "cut":
             body, self.close_connection = body[: len(body) // 2], True
-        pieces = [body] if self.fault != "drip" else [bytes([byte]) for byte in body]
-        while pieces and not (len(pieces) > 1 and self.server_hub.closed.wait(0.1)):
-            self.wfile.write(pieces.pop(0))
+        if self.fault not in ("drip", "stall"):
+            self.wfile.write(body)
+            return
+        for byte in body:
+            self.wfile.write(bytes([byte]))
+            if self.server_hub.closed.wait(0.1 if self.fault == "drip" else None):
+                return
 
     def _json(self, value, status: int = 200, **headers):
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json", **headers})

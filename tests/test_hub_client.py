@@ -140,11 +140,12 @@ def test_no_answer_makes_a_token_appear(fault, server, export, tmp_path, monkeyp
 
 
 HANGS = ["GET /api/models", "HEAD", "resolve", "repos/create", "preupload", "whoami"]
-DRIPS = ["GET /api/models", "GET /lab/tiny/resolve", "preupload", "whoami"]  # answers with a body
+BODIES = ["GET /api/models", "GET /lab/tiny/resolve", "preupload", "whoami"]  # answers with a body
 
 
 @pytest.mark.parametrize(
-    ("word", "fault"), [*((word, "hang") for word in HANGS), *((word, "drip") for word in DRIPS)]
+    ("word", "fault"),
+    [(w, fault) for fault, words in (("hang", HANGS), ("drip", BODIES), ("stall", BODIES)) for w in words],
 )
 def test_a_hub_that_hangs_or_drips_is_not_waited_for(word, fault, server, export, tmp_path, monkeypatch):
     """Some answers were waited for without end, others for minutes."""
@@ -157,7 +158,7 @@ def test_a_hub_that_hangs_or_drips_is_not_waited_for(word, fault, server, export
         check_push("lab/tiny", WRITER)
         push_folder(export, "lab/tiny")
         care_hub.load_encoder("lab/tiny", cache_dir=tmp_path / "cache")
-    assert time.monotonic() - start < 15  # the client resumes a download five times of its own
+    assert time.monotonic() - start < 5
 
 
 def test_a_hub_does_not_say_how_long_is_waited(server, export, monkeypatch):

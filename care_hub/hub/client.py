@@ -166,17 +166,31 @@ def _bounded_waits() -> Iterator[None]:
 
 
 def _in_time(stream: Any) -> Any:
-    """The `stream` of an answer that raises TimeoutError where it comes by drops, each in time."""
+    """The `stream` of an answer that raises TimeoutError where it stalls, or comes by drops.
+
+    So the client, which takes up its own kinds of timeouts again and again, does not; but where so far
+    it came fast enough, a stall is the client's to resume.
+    """
 
     (kind,) = (kind for kind in type(stream).__mro__ if kind.__name__ == "SyncByteStream")
 
     class InTime(kind):  # type: ignore[misc,valid-type]  # of httpx or httpx2
         def __iter__(self) -> Iterator[bytes]:
-            began, size = time.monotonic(), 0
-            for part in stream:
+            began, size, parts, stalled = time.monotonic(), 0, iter(stream), None
+            while True:
+                try:
+                    part = next(parts, None)
+                except Exception as error:
+                    if "Timeout" not in type(error).__name__:
+                        raise
+                    part, stalled = b"", error
+                if part is None:
+                    return
                 seconds, size = time.monotonic() - began, size + len(part)
-                if seconds > ANSWER_SECONDS and size < SLOWEST * seconds:
-                    raise TimeoutError(f"{size:,} bytes in {seconds:.0f} seconds")
+                if size < SLOWEST * seconds and (stalled or seconds > ANSWER_SECONDS):
+                    raise TimeoutError(f"{size:,} bytes in {seconds:.0f} seconds") from stalled
+                if stalled:
+                    raise stalled
                 yield part
 
         def close(self) -> None:
