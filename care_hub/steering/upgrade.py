@@ -138,7 +138,7 @@ def neighbor_recall(z: Tensor, carried: Tensor, k: int = NEIGHBORS) -> Tensor:
 
     >>> z = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
     >>> neighbor_recall(z, z[[0, 2, 1]], k=1)
-    tensor([0., 0., 0.])
+    tensor([0., 0., 1.])
     """
     z, carried = (F.normalize(rows.double(), dim=1) for rows in (z, carried))
     near = []
