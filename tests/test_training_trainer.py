@@ -168,7 +168,10 @@ def test_next_commands_are_those_of_the_program_that_was_started(monkeypatch, tm
     assert started_by(here, {})[1] == "python -m care_hub"
 
 
-def test_the_final_screen_suggests_nothing_that_needs_a_test_split_where_there_is_none(photos, tmp_path):
+def test_the_final_screen_suggests_nothing_that_needs_a_test_split_where_there_is_none(
+    photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shutil, "which", lambda name: name)  # as where the package's commands are on the path
     data = ("--dataset-name", "imagefolder", "--data-root", photos / "train", "--image-size", "32")
     screen = train_here(tmp_path, *data, "--max-steps", "1")
     assert "care-hub embed" in screen and "--weight 0" in screen
