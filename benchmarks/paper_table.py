@@ -13,7 +13,6 @@ shows all that is there, also what other processes have measured, and arms whose
 
 import json
 import math
-import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,31 +21,26 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch.nn.functional as F
 from result_tables import ROOT, ROWS, Arms, hardware, recorded, write_results
-from torch import Tensor
 
 from care_hub import cli
 from care_hub.augment import AugmentationConfig
 from care_hub.config import AUGMENTATION, TrainConfig, read_yaml, to_yaml
 from care_hub.data.images import Images
 from care_hub.data.sources import load_splits
-from care_hub.encoder import Encoder
 from care_hub.evaluate.attributes import probe_attributes
 from care_hub.evaluate.commands import PROBE_IMAGES
-from care_hub.evaluate.equivariance import augmentations, measure_equivariance
-from care_hub.evaluate.features import embed_view, random_subset
+from care_hub.evaluate.equivariance import composed_cosines, measure_equivariance
+from care_hub.evaluate.features import random_subset
 from care_hub.factory import load_encoder
 from care_hub.files import make_folder, write_text
 from care_hub.hub.evaluation_record import read_record
-from care_hub.rotation import Rotation
 from care_hub.schedule import Plan
 from care_hub.training.batches import training_augmentation
 
 LABEL_FRACTIONS = (0.01, 0.1)
 FAMILIES = {"recipe": "full recipe", "color": "color", "hue": "hue", "crop": "crop"}  # names in results
 IMAGES = 2000  # test images: half to fit rotations, half to measure them
-COMPOSED = 8  # pairs of changes of color
 
 
 @dataclass(frozen=True)
@@ -137,20 +131,6 @@ def few_labels(fraction: float) -> str:
     return f"linear probe, {100 * fraction:g} % of the labels"
 
 
-def composition(encoder: Encoder, pixels: Tensor, augmentation: AugmentationConfig) -> dict[str, float]:
-    """Mean cosine of f(b(a(x))), a and b changes of color, with R_b R_a f(x) and with R_ba f(x)."""
-    half, changes = len(pixels) // 2, augmentations("color", augmentation, COMPOSED + 1)
-    z, *views = (embed_view(encoder, pixels, *steps) for steps in [(), *((a,) for a in changes)])
-    rotations = [Rotation.fit(z[:half], view[:half]) for view in views]
-    cosines: dict[str, list[float]] = {"color_composed": [], "color_fitted": []}
-    for k in range(COMPOSED):
-        both = embed_view(encoder, pixels, changes[k], changes[k + 1])
-        maps = (rotations[k + 1] @ rotations[k], Rotation.fit(z[:half], both[:half]))
-        for found, r in zip(cosines.values(), maps, strict=True):
-            found.append(F.cosine_similarity(r(z[half:]), both[half:]).mean().item())
-    return {name: statistics.mean(values) for name, values in cosines.items()}
-
-
 def measure(
     run: Path, splits: tuple[Images, Images], augmentation: AugmentationConfig, dataset: str, data: list[str]
 ) -> None:
@@ -177,7 +157,7 @@ def measure(
     names = {"ratio": "rotation_invariance_ratio", "gram": "gram_deviation", "hit": "hit_at_1"}
     figures |= {name: recipe[metric][0] for name, metric in names.items()}
     figures["hit_unrotated"] = recipe["hit_at_1_unrotated"][0]
-    figures |= composition(encoder, test.pixels, augmentation)
+    figures |= composed_cosines(encoder, test.pixels, augmentation)
     for space, attributes in probe_attributes(encoder, few, test).items():
         figures |= {f"{name}_{space}": value for name, value in attributes.items()}
     figures = {name: float(f"{value:.5g}") for name, value in figures.items() if value == value}

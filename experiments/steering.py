@@ -29,7 +29,7 @@ from care_hub.data.images import Images
 from care_hub.data.sources import load_splits
 from care_hub.distributed import gather, inference_accelerator
 from care_hub.encoder import Encoder
-from care_hub.evaluate.equivariance import measure_equivariance
+from care_hub.evaluate.equivariance import composed_cosines, measure_equivariance
 from care_hub.evaluate.features import labeled
 from care_hub.evaluate.linear import linear_probe, validation_split
 from care_hub.files import write_text
@@ -49,6 +49,8 @@ COLUMNS = {
     "color motion": "motion",
     "hue same_image_hit_at_1": "hue alone: H@1, %",
     "hue same_image_mrr": "MRR of hue",
+    "color_composed": "cosine of two colors composed",
+    "color_fitted": "of both fitted",
     "training_seconds": "seconds",
 }
 
@@ -114,6 +116,8 @@ HUE = {"equivariance_jitter": (0.2, 0.2, 0.2, 0.5)}
 T = C | {"steering_temperature": 0.1}
 NO_COLOR = {"jitter_p": 0.0, "grayscale": 0.0}
 WIDE = {"projection_hidden": 1024}
+RECIPE = {key: read_yaml("cifar10_small")[key] for key in FIRST}
+WIDE_COLORS = {"equivariance_jitter": (0.6, 0.6, 0.6, 0.5)}  # two changes of color within their range
 ARMS = {
     "twin": Arm({"weight": 0.0}),
     "A": Arm(ONE_HEAD | WEAK),
@@ -194,6 +198,14 @@ ARMS = {
     "D": Arm(ONE_HEAD | MEDIUM),
     "t, medium contrastive color": Arm(T | MEDIUM),
     "t, weak contrastive color": Arm(T | WEAK),
+    # What composes better? The recipe that came of it, and first changes of it.
+    "recipe": Arm(RECIPE),
+    "recipe, wide colors": Arm(RECIPE | WIDE_COLORS),
+    "recipe, temperature 0.15": Arm(RECIPE | {"steering_temperature": 0.15}),
+    "recipe, wide colors, temperature 0.15": Arm(RECIPE | WIDE_COLORS | {"steering_temperature": 0.15}),
+    "recipe, weight 1, temperature 0.15": Arm(RECIPE | {"steering_temperature": 0.15, "weight": 1.0}),
+    "recipe, heads 1024-32": Arm(RECIPE | {"projection_dim": 32}),
+    "recipe, narrow colors": Arm(RECIPE | {"equivariance_jitter": (0.3, 0.3, 0.3, 0.5)}),
 }
 
 
@@ -201,7 +213,8 @@ def steering(encoder: Encoder, images: Tensor) -> dict[str, float]:
     """What `care-hub equivariance` says of colors as a whole and of hue alone."""
     config = AugmentationConfig(encoder.config.image_size)
     found = measure_equivariance(encoder, images, config, families=("color", "hue"))
-    return {f"{family} {name}": round(found[family][name][0], 4) for family in found for name in MEASURES}
+    named = {f"{family} {name}": round(found[family][name][0], 4) for family in found for name in MEASURES}
+    return named | {k: round(v, 4) for k, v in composed_cosines(encoder, images, config).items()}
 
 
 def run(arm: Arm, folder: Path, splits: tuple[Images, Images], options: dict[str, Any]) -> dict[str, float]:

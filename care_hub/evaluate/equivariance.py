@@ -1,6 +1,7 @@
 """How well one rotation explains what an augmentation does to all embeddings, family by family."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ from ..errors import CareHubError
 from ..rotation import Rotation, least_squares, procrustes
 from ..transformations import FAMILIES, MAX_DEGREES, NOT_RANDOM
 from .attributes import predict_numbers
-from .features import Augmentation, embed_spaces
+from .features import Augmentation, embed_spaces, embed_view
 
 Mean = Callable[[Tensor], Tensor]  # terms of images or pairs -> (B,), under B weightings of the images
 Row = dict[str, Any]  # metric -> (B,), or two of them: an error and the motion that it is a part of
@@ -168,6 +169,26 @@ def _composition_metrics(z: Tensor, both: Tensor, r_a: Tensor, r_b: Tensor, mean
         "composition_residual": composed,
         "composition_invariance_ratio": (composed, mean(metrics.invariance(before, after))),
     }
+
+
+def composed_cosines(
+    encoder: Encoder, pixels: Tensor, config: AugmentationConfig, pairs: int = 8
+) -> dict[str, float]:
+    """Mean cosine of f(b(a(x))), a and b changes of color, with R_b R_a f(x) and with R_ba f(x).
+
+    The rotations are fitted on the first half of `pixels`, (N, 3, S, S) uint8; the cosines are those
+    of the other half, means over `pairs` of changes: `color_composed` and `color_fitted`.
+    """
+    half, changes = len(pixels) // 2, augmentations("color", config, pairs + 1)
+    z, *views = (embed_view(encoder, pixels, *steps) for steps in [(), *((a,) for a in changes)])
+    rotations = [Rotation.fit(z[:half], view[:half]) for view in views]
+    cosines: dict[str, list[float]] = {"color_composed": [], "color_fitted": []}
+    for k in range(pairs):
+        both = embed_view(encoder, pixels, changes[k], changes[k + 1])
+        maps = (rotations[k + 1] @ rotations[k], Rotation.fit(z[:half], both[:half]))
+        for found, r in zip(cosines.values(), maps, strict=True):
+            found.append(F.cosine_similarity(r(z[half:]), both[half:]).mean().item())
+    return {name: statistics.mean(values) for name, values in cosines.items()}
 
 
 def fit_mlp(z: Tensor, views: Tensor, parameters: Tensor, seed: int = 0) -> nn.Module:
