@@ -1,19 +1,19 @@
 """Trains each method for a few steps: `four_methods.py SAVE_ROOT DATA_ROOT JOBS...`.
 
 JOBS are DTYPE:STEPS,... for the process group that torchrun has made, or PROCESSES=DTYPE:STEPS,... for one
-that is made here. DTYPE:STEPS:resumed goes on with the runs in the folder of that name.
+that is made here. DTYPE:STEPS:resumed goes on with what two processes had saved before their last step.
 """
 
 import hashlib
 import itertools
 import json
-import os
-import socket
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from two_processes import fork
 
 from care_hub import augment
 from care_hub.config import TrainConfig
@@ -44,12 +44,6 @@ COMMON = {
     "checkpoint_every": 13,  # within an epoch, which has 3 steps
     "mixed_precision": "no",
 }
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def views(run_folder: Path, processes: int) -> list[list[str]]:
@@ -98,15 +92,6 @@ def train_all(save_root: str, data: dict, jobs: str) -> None:
             trainer.train(TrainConfig(**COMMON | data | settings | here))
 
 
-def member(rank: int, processes: int, port: str, *arguments) -> None:
-    """One process of the group, told of it and given one thread as torchrun does."""
-    torch.set_num_threads(1)
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    os.environ |= {name: str(value) for name, value in here.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    train_all(*arguments)
-
-
 def main(save_root: str, data_root: str, *groups: str) -> None:
     data = {"dataset_name": "imagefolder", "data_root": data_root, "image_size": 16}
     splits = load_splits(TrainConfig(**data), size=16, progress=False)
@@ -115,12 +100,16 @@ def main(save_root: str, data_root: str, *groups: str) -> None:
     note_views()
     for group in groups:
         processes, _, jobs = group.rpartition("=")
+        for job in jobs.split(","):
+            if job.endswith(":resumed"):
+                saved = f"{save_root}/2/{job.removesuffix(':resumed')}"
+                last = shutil.ignore_patterns(f"step-{int(job.split(':')[1]):08d}")
+                shutil.copytree(saved, f"{save_root}/{processes}/{job}", ignore=last)
         arguments = (f"{save_root}/{processes}", data, jobs)
         if processes in ("", "1"):
             train_all(*arguments)
-        else:  # forked, since importing torch takes longer than training
-            start = torch.multiprocessing.start_processes
-            start(member, (int(processes), free_port(), *arguments), int(processes), start_method="fork")
+        else:
+            fork(int(processes), train_all, *arguments)
 
 
 if __name__ == "__main__":

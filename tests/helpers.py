@@ -31,6 +31,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 HEADLESS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
 HEADLESS += ("--disable-sync", "--disable-background-networking", "--disable-component-update")
 TORCHRUN = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+TWO_PROCESSES = ("python", ROOT / "tests" / "two_processes.py")  # which start sooner
 PHOTO = Image.radial_gradient("L").convert("RGB")  # the one in a model card
 IMAGES = np.random.RandomState(0).randint(0, 256, (3, 32, 32, 3)).astype(np.uint8)
 TINY = (

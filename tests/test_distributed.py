@@ -1,17 +1,17 @@
 """A run is the same run on any number of processes, for SimCLR, CARE-SimCLR, MoCo and CARE-MoCo."""
 
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from four_methods import METHODS, free_port, views, weight_difference
+from four_methods import METHODS, views, weight_difference
 from helpers import ROOT, TORCHRUN, metrics, run
 from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d
 from torch import nn
+from two_processes import free_port
 
 from care_hub.distributed import (
     GlobalBatchNorm,
@@ -45,15 +45,10 @@ def agree_to_1e_8(expected, found, steps):
 def runs(photos, tmp_path_factory):
     """What 1 and 2 processes have trained: `runs / "2" / "float64:20" / "simclr"` and so on.
 
-    1 and 4 have resumed, as "float64:20:resumed", what 2 had saved after 13 steps.
+    1 has resumed, as "float64:20:resumed", what 2 had saved after 13 steps.
     """
-    root = tmp_path_factory.mktemp("runs")
-    both = "float64:20,float32:4,float32:1"
-    run(*TORCHRUN, WORKER, root / "2", photos, both)
-    for processes in ("1", "4"):
-        to = root / processes / "float64:20:resumed"
-        shutil.copytree(root / "2" / "float64:20", to, ignore=shutil.ignore_patterns("step-00000020"))
-    run("python", WORKER, root, photos, "4=float64:20:resumed", f"1={both},float64:20:resumed")
+    root, both = tmp_path_factory.mktemp("runs"), "float64:20,float32:4,float32:1"
+    run("python", WORKER, root, photos, f"2={both}", f"1={both},float64:20:resumed")
     return root
 
 
@@ -62,21 +57,25 @@ def test_in_float64_twenty_steps_of_two_processes_agree_to_1e_8(runs):
     agree_to_1e_8(runs / "1" / "float64:20", runs / "2" / "float64:20", 20)
 
 
-@pytest.mark.slow
-def test_in_float64_twenty_steps_of_four_processes_agree_to_1e_8(runs, photos):
-    run("python", WORKER, runs, photos, "4=float64:20")
-    agree_to_1e_8(runs / "1" / "float64:20", runs / "4" / "float64:20", 20)
+def resumes_the_run_of_two_processes(runs, processes):
+    for name in METHODS:
+        expected = runs / "2" / "float64:20" / name
+        found = runs / processes / "float64:20:resumed" / name
+        assert weight_difference(expected, found, 20) <= 1e-8
+        seen, again = views(expected, 2), views(found, int(processes))
+        assert len(again) == 7 * (1 + ("care" in name)) and again == seen[-len(again) :]
 
 
 @pytest.mark.launches
-@pytest.mark.parametrize("processes", [1, 4])
-def test_another_number_of_processes_resumes_the_same_run(runs, processes):
-    for name in METHODS:
-        expected = runs / "2" / "float64:20" / name
-        found = runs / str(processes) / "float64:20:resumed" / name
-        assert weight_difference(expected, found, 20) <= 1e-8
-        seen, again = views(expected, 2), views(found, processes)
-        assert len(again) == 7 * (1 + ("care" in name)) and again == seen[-len(again) :]
+def test_one_process_resumes_the_run_of_two(runs):
+    resumes_the_run_of_two_processes(runs, "1")
+
+
+@pytest.mark.slow
+def test_in_float64_four_processes_train_and_resume_the_same_run(runs, photos):
+    run("python", WORKER, runs, photos, "4=float64:20,float64:20:resumed")
+    agree_to_1e_8(runs / "1" / "float64:20", runs / "4" / "float64:20", 20)
+    resumes_the_run_of_two_processes(runs, "4")
 
 
 @pytest.mark.launches
@@ -94,7 +93,7 @@ def test_in_float32_four_steps_and_the_first_gradients_agree(runs):
             assert difference <= 1e-5 * torch.linalg.norm(gradient), (name, key)
 
 
-@pytest.mark.launches
+@pytest.mark.slow
 def test_two_nodes_are_one_run(runs, photos, tmp_path):
     """Two agents with one process each, meeting on loopback."""
     port, nodes = free_port(), []
@@ -129,10 +128,10 @@ def forward(network, x):
     return network["projection"](network["backbone"](x))
 
 
-def compare_batch_norms(rank, port):
+def compare_batch_norms():
     """In one of two processes: half a batch through global norms is the whole batch through local ones."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     whole, mine = small_network(), small_network()
     tensors = [*mine.parameters(), *mine.buffers()]
     mine = global_batch_norm(mine, torch.device("cpu"))
@@ -159,7 +158,7 @@ def compare_batch_norms(rank, port):
 
 @pytest.mark.launches
 def test_global_batch_norms_of_two_processes_see_the_whole_batch():
-    torch.multiprocessing.spawn(compare_batch_norms, (free_port(),), nprocs=2)
+    run("python", "-c", "import two_processes as t; t.fork(2, __import__('test_distributed').compare_batch_norms)")
 
 
 def test_one_process_keeps_its_batch_norms():

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import TORCHRUN, care_hub_command, killed_at_each_rename, run
+from helpers import TWO_PROCESSES, care_hub_command, killed_at_each_rename, run
 from safetensors import safe_open
 
 import care_hub
@@ -85,7 +85,7 @@ def test_the_installed_command_on_one_image(tiny_run, photos, tmp_path):
 
 @pytest.mark.launches
 def test_two_processes_write_what_one_reads(tiny_run, many, tmp_path):
-    done = run(*TORCHRUN, *launched(tiny_run, many, tmp_path / "out.npy"))
+    done = run(*TWO_PROCESSES, *launched(tiny_run, many, tmp_path / "out.npy"))
     assert done.stdout.count("5,000 embeddings") == 1 and [p.name for p in tmp_path.iterdir()] == ["out.npy"]
     expected = care_hub.load_encoder(tiny_run).encode(many)
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5)

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from helpers import TORCHRUN, randomized, refusal, train
+from helpers import TWO_PROCESSES, randomized, refusal, train
 
 import care_hub
 from care_hub.encoder import Encoder
@@ -133,7 +133,7 @@ def test_a_rehearsal_leaves_no_trace():
 @pytest.mark.launches
 def test_no_process_waits_for_one_whose_rehearsal_failed(tmp_path):
     flags = ("--model", "crossvit_tiny_240", "--image-size", "64")
-    done = train(tmp_path, *flags, launcher=TORCHRUN, ok=False)
+    done = train(tmp_path, *flags, launcher=TWO_PROCESSES, ok=False)
     assert "Error: Model 'crossvit_tiny_240' does not take images" in done.stderr
 
 
