@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import metrics, train
+from helpers import metrics, train_here
 from PIL import Image
 
 from care_hub.config import DataConfig
@@ -399,5 +399,5 @@ def test_shared_cases_of_labels(shared):
 def test_a_run_without_labels_or_test_split_still_ends(tmp_path):
     root = hub_layout(tmp_path / "data", {"train": 40}, "image", {})
     flags = ("--dataset-name", "a/b", "--data-root", root, "--image-size", "32", "--epochs", "2")
-    train(tmp_path, *flags, "--run-name", "r")
+    train_here(tmp_path, *flags, "--run-name", "r")
     assert len(metrics(tmp_path / "r")) == 4

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from four_methods import METHODS, views, weight_difference
-from helpers import ROOT, TORCHRUN, metrics, run
+from helpers import ROOT, TORCHRUN, TWO_PROCESSES, metrics, run
 from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d
 from torch import nn
@@ -47,8 +47,8 @@ def runs(photos, tmp_path_factory):
 
     1 has resumed, as "float64:20:resumed", what 2 had saved after 13 steps.
     """
-    root, both = tmp_path_factory.mktemp("runs"), "float64:20,float32:4,float32:1"
-    run("python", WORKER, root, photos, f"2={both}", f"1={both},float64:20:resumed")
+    root, steps = tmp_path_factory.mktemp("runs"), "float64:20"
+    run("python", WORKER, root, photos, f"2={steps}", f"1={steps},{steps}:resumed")
     return root
 
 
@@ -78,9 +78,10 @@ def test_in_float64_four_processes_train_and_resume_the_same_run(runs, photos):
     resumes_the_run_of_two_processes(runs, "4")
 
 
-@pytest.mark.launches
-def test_in_float32_four_steps_and_the_first_gradients_agree(runs):
-    one, two = runs / "1", runs / "2"
+@pytest.mark.slow
+def test_in_float32_four_steps_and_the_first_gradients_agree(photos, tmp_path):
+    run("python", WORKER, tmp_path, photos, "2=float32:4,float32:1", "1=float32:4,float32:1")
+    one, two = tmp_path / "1", tmp_path / "2"
     for name in METHODS:
         for a, b in pairs_of_losses(one / "float32:4", two / "float32:4", name, 4):
             assert b[0] == pytest.approx(a[0], rel=1e-3) and b[1] == pytest.approx(a[1], rel=1e-3, abs=1e-5)
@@ -158,7 +159,11 @@ def compare_batch_norms():
 
 @pytest.mark.launches
 def test_global_batch_norms_of_two_processes_see_the_whole_batch():
-    run("python", "-c", "import two_processes as t; t.fork(2, __import__('test_distributed').compare_batch_norms)")
+    run(
+        "python",
+        "-c",
+        "import two_processes as t; t.fork(2, __import__('test_distributed').compare_batch_norms)",
+    )
 
 
 def test_one_process_keeps_its_batch_norms():
@@ -171,3 +176,7 @@ def test_an_evaluation_takes_no_threads(one_thread):
     """Only the command line shares out the cores."""
     inference_accelerator()
     assert torch.get_num_threads() == 1
+
+
+if __name__ == "__main__":
+    compare_batch_norms()

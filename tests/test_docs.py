@@ -111,7 +111,7 @@ def run_words(words: list[str], namespace: dict) -> None:
 def fewer_images(options: list[str]) -> list[str]:
     """What is added to the options of `care-hub`."""
     if "equivariance" in options:
-        return ["--images", "40", "--draws", "1"]
+        return ["--images", "8", "--draws", "1"]
     if "search" in options:  # after a fit to few images
         return ["--force"]
     if "rotations" not in options:

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from helpers import TWO_PROCESSES, randomized, refusal, train
+from helpers import TWO_PROCESSES, randomized, refusal, train, train_here
 
 import care_hub
 from care_hub.encoder import Encoder
@@ -139,4 +139,4 @@ def test_no_process_waits_for_one_whose_rehearsal_failed(tmp_path):
 
 @pytest.mark.launches
 def test_strided_convolutions_of_few_channels_do_not_crash(tmp_path):
-    train(tmp_path, "--model", "fastvit_t8", "--image-size", "128", "--dry-run")
+    train_here(tmp_path, "--model", "fastvit_t8", "--image-size", "128", "--dry-run")

@@ -1,4 +1,7 @@
-"""Every recipe resolves, and trains two steps with its own model on stand-in images of the right size."""
+"""Every recipe resolves, and trains two steps with its own model on stand-in images of the right size.
+
+Those of large networks take a minute together; they train where slow tests are run.
+"""
 
 import functools
 import json
@@ -16,6 +19,7 @@ from care_hub.encoder import Encoder
 from care_hub.training import run
 
 RECIPES = sorted(recipes())
+SMALL = ("cifar10_modern", "cifar10_small", "shapes", "shapes_moco")
 BEFORE = json.loads((ROOT / "tests" / "recipes.json").read_text())  # what they resolved to in November 2026
 AS_BEFORE = {"weight_start_epochs": 0, "flip": 0.5, **{f"equivariance_{k}": None for k in AUGMENTATION}}
 AS_BEFORE |= {"steering_head": False}
@@ -72,9 +76,10 @@ def test_a_recipe_is_what_it_was_whatever_becomes_of_the_defaults(recipe):
     assert "equivariance_crop" in stated
 
 
-@pytest.mark.launches
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe(recipe, stand_ins, read_once, tmp_path, monkeypatch):
+@pytest.fixture
+def words(request, stand_ins, read_once, tmp_path, monkeypatch):
+    """The flags that train a recipe on stand-ins, in batches of 8."""
+    recipe = request.param
     values = read_yaml(recipe)
     monkeypatch.setattr(run, "plot_neighbors", lambda *_: None)  # sheets have tests of their own
     words = ["--config", recipe, "--save-root", tmp_path / "runs", "--run-name", "r"]
@@ -91,14 +96,28 @@ def test_recipe(recipe, stand_ins, read_once, tmp_path, monkeypatch):
         words += ["--equivariant-batch-size", 4]
     if values.get("method") == "moco":
         words += ["--queue-size", 64]
+    return words
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize(("recipe", "words"), [(name, name) for name in RECIPES], indirect=["words"])
+def test_a_recipe_is_planned_with_its_network(recipe, words, tmp_path):
     plan = command(cli.train, *words, "--dry-run")
-    assert values.get("model", "resnet10_w16_small") in plan
+    assert read_yaml(recipe).get("model", "resnet10_w16_small") in plan
     for word in ("steps of 8 images", "8 images per process, 2 groups", "learning rate", "GiB"):
         assert word in plan
     assert not (tmp_path / "runs").exists()
-    if recipe != "shapes":  # the defaults: every other test trains them
-        command(cli.train, *words, "--max-steps", 2)
-        assert len(metrics(tmp_path / "runs" / "r")) == 2
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize(
+    "words",
+    [name if name in SMALL else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES],
+    indirect=True,
+)
+def test_a_recipe_trains(words, tmp_path):
+    command(cli.train, *words, "--max-steps", 2)
+    assert len(metrics(tmp_path / "runs" / "r")) == 2
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

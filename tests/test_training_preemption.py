@@ -174,7 +174,7 @@ def test_loader_processes_survive_what_their_parent_survives(tmp_path):
     assert worker.exitcode == 0
 
 
-@pytest.mark.launches
+@pytest.mark.slow
 def test_processes_save_the_same_step_when_one_is_asked(tmp_path):
     data = signals.small_images(tmp_path / "data")
     problem, _ = signals.attempt(tmp_path, "torchrun", signal.SIGUSR1, "rank", *data)

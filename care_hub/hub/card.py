@@ -6,12 +6,13 @@ wrote stays.
 
 import re
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, Template
 
 from ..config import EncoderConfig, plain_values
 from ..data.sources import SPECS
@@ -154,6 +155,16 @@ def _rows(dataset: str, label: str, metrics: dict[str, Any]) -> list[Row]:
     ]
 
 
+@cache
+def _template() -> Template:
+    """card.md, compiled once, which takes longer than to fill it in."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["cell"] = lambda value: printable(str(value)).replace("|", "\\|")
+    return environment.get_template("card.md")
+
+
 def _written(folder: Path, name: str | None) -> tuple[ModelCardData, str]:
     """What care_hub writes: the metadata, and the part between the markers (card.md, filled in)."""
     config, _ = read_config(folder)
@@ -161,11 +172,7 @@ def _written(folder: Path, name: str | None) -> tuple[ModelCardData, str]:
     rows = accuracies(config, heads, record)
     parts = (config.model, config.method or "CARE", config.dataset or "unknown")
     title = name.split("/")[-1] if name else "-".join(parts).replace("/", "-")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["cell"] = lambda value: printable(str(value)).replace("|", "\\|")
-    text = environment.get_template("card.md").render(
+    text = _template().render(
         config=config,
         name=name,
         folder=folder,
