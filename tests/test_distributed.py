@@ -159,11 +159,7 @@ def compare_batch_norms():
 
 @pytest.mark.launches
 def test_global_batch_norms_of_two_processes_see_the_whole_batch():
-    run(
-        "python",
-        "-c",
-        "import two_processes as t; t.fork(2, __import__('test_distributed').compare_batch_norms)",
-    )
+    run(*TWO_PROCESSES, __file__)
 
 
 def test_one_process_keeps_its_batch_norms():
