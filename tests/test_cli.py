@@ -235,8 +235,30 @@ def test_all_cores_are_used_unless_a_person_asked_for_one_thread(monkeypatch):
         ("1", {}, "1"),
         ("1", {"LOCAL_WORLD_SIZE": "1"}, cores),  # which torchrun asked for
         ("3", {"LOCAL_WORLD_SIZE": "1"}, "3"),
+        ("4,2", {"LOCAL_WORLD_SIZE": "1"}, "4,2"),
     ]:
         for name, value in {"LOCAL_WORLD_SIZE": None, "OMP_NUM_THREADS": given, **launched}.items():
             monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
         cli.use_all_cores()
         assert os.environ["OMP_NUM_THREADS"] == expected
+
+
+@pytest.mark.launches
+def test_a_launcher_passes_on_the_one_thread_that_a_user_asked_for(tmp_path):
+    ask = "import os; from care_hub import cli; cli.use_all_cores(); print(os.environ['OMP_NUM_THREADS'])"
+    launcher = tmp_path / "torchrun"  # which asks for one thread if nobody else does
+    launcher.write_text(
+        "import os, subprocess, sys\n"
+        "os.environ.setdefault('OMP_NUM_THREADS', '1')\n"
+        "os.environ['LOCAL_WORLD_SIZE'] = '1'\n"
+        f"subprocess.run([sys.executable, '-c', {ask!r}], check=True)\n"
+    )
+
+    def threads(*words, **environment):
+        variables = (f"{name}={value}" for name, value in environment.items())
+        done = run("env", "-u", "OMP_NUM_THREADS", *variables, "python", launcher, *words)
+        return done.stdout.strip()
+
+    assert threads() == str(len(os.sched_getaffinity(0)))
+    assert threads(OMP_NUM_THREADS="1") == threads("--num-cpu-threads-per-process=1") == "1"
+    assert threads(OMP_NUM_THREADS="3") == "3"
