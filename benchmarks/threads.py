@@ -3,8 +3,8 @@
     python benchmarks/threads.py             # on idle cores, and with a busy process beside it on each
     python benchmarks/threads.py --steps 5 --rounds 3
 
-Milliseconds of a SimCLR step of resnet10_w16_small on 64 images, the median of all rounds. Policies take turns,
-each in a process of its own, so that a noisy machine is noisy for all.
+Milliseconds of a SimCLR step of resnet10_w16_small on 64 images, the median of all rounds. Policies take
+turns, each in a process of its own, so that a noisy machine is noisy for all.
 """
 
 import os

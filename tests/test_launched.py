@@ -57,7 +57,7 @@ def test_dynamo_settings_are_arguments_of_torch_compile(monkeypatch):
 
 def test_half_precision_needs_a_gpu_and_a_tpu_is_refused(monkeypatch):
     set_all(monkeypatch, {"USE_CPU": "true", "MIXED_PRECISION": "fp16"})
-    with pytest.raises(CareHubError, match="'fp16' .* needs a GPU; choose from: bf16, no"):
+    with pytest.raises(CareHubError, match=r"'fp16' .* needs a GPU; choose from: bf16, no"):
         launched_options()
     with pytest.raises(CareHubError, match="a TPU is not supported"):
         precision("auto", torch.device("xla"))
