@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
 from care_hub.factory import load_encoder
+from care_hub.files import write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +195,19 @@ def test_export_round_trip_is_exact(encoder, images, tmp_path):
     Encoder.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
     for name in ("model.safetensors", "projection.safetensors", "contrastive_head.safetensors"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_saving_over_the_files_of_a_loaded_encoder_leaves_it_as_it_is(encoder, images, tmp_path):
+    encoder.save_pretrained(tmp_path)
+    loaded, mapped = load_encoder(tmp_path), load_file(tmp_path / "model.safetensors")
+    before, values = loaded.encode(images), {k: v.clone() for k, v in mapped.items()}
+    loaded.save_pretrained(tmp_path)
+    randomized(copy.deepcopy(encoder), seed=1).save_pretrained(tmp_path)
+    assert (loaded.encode(images) == before).all() and all(mapped[k].equal(v) for k, v in values.items())
+    assert not np.allclose(load_encoder(tmp_path).encode(images), before)
+    write_tensors(tmp_path / "model.safetensors", mapped)  # what it is mapped from, by now another file
+    write_tensors(tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors"))
+    assert load_file(tmp_path / "model.safetensors").keys() == values.keys()
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
