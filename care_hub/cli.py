@@ -38,7 +38,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 FORMER_FLAGS = {"--no-equivariance-crop": "--equivariance-crop=false"}
 METAVARS: dict[type, str] = {int: "INTEGER", float: "FLOAT", str: "TEXT"}
-LAUNCHED = {"LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"}  # which launchers put into the environment
+LAUNCHED = {"LOCAL_WORLD_SIZE", "ACCELERATE_DYNAMO_MODE"}  # launchers put these into the environment
 AT_LEAST_1, PATH = click.IntRange(min=1), click.Path()
 batch_size_option = click.option("--batch-size", type=AT_LEAST_1, default=256)
 encoder_option = click.option(

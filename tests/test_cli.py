@@ -241,6 +241,7 @@ def test_all_cores_are_used_unless_a_person_asked_for_one_thread(monkeypatch):
         ("1", {"LOCAL_WORLD_SIZE": "1"}, str(cores())),  # which torchrun asked for
         ("3", {"LOCAL_WORLD_SIZE": "1"}, "3"),
         ("4,2", {"LOCAL_WORLD_SIZE": "1"}, "4,2"),
+        ("1", {"ACCELERATE_MIXED_PRECISION": "bf16"}, "1"),
     ]:
         for name, value in {"LOCAL_WORLD_SIZE": None, "OMP_NUM_THREADS": given, **launched}.items():
             monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
