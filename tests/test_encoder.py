@@ -311,7 +311,7 @@ def test_damaged_exports_are_refused(encoder, tmp_path):
     config["care"].pop("sha256")
     (tmp_path / "config.json").write_text(json.dumps(config))
     refused("complete safetensors")
-    state = load_file(tmp_path / "projection.safetensors")
+    state = {k: v.clone() for k, v in load_file(tmp_path / "projection.safetensors").items()}
     (tmp_path / "model.safetensors").write_bytes(weights)
     save_file({k: v for k, v in state.items() if k != "0.weight"}, tmp_path / "projection.safetensors")
     refused("disagree on the head")
