@@ -31,12 +31,14 @@ from .config import (
     recipes,
     typed_options,
 )
+from .cores import cores
 from .errors import CareHubError, printable
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 FORMER_FLAGS = {"--no-equivariance-crop": "--equivariance-crop=false"}
 METAVARS: dict[type, str] = {int: "INTEGER", float: "FLOAT", str: "TEXT"}
+LAUNCHED = {"LOCAL_WORLD_SIZE", "ACCELERATE_DYNAMO_MODE"}  # launchers put these into the environment
 AT_LEAST_1, PATH = click.IntRange(min=1), click.Path()
 batch_size_option = click.option("--batch-size", type=AT_LEAST_1, default=256)
 encoder_option = click.option(
@@ -160,14 +162,28 @@ class Group(click.Group):
 def use_all_cores() -> None:
     """Share the cores among this machine's processes: launchers ask for one thread each.
 
-    One thread is left where a person asked for it. Before torch is imported, which reads it then.
+    One thread is left where a user asked for it. Threads wait without spinning. Before torch is imported,
+    which reads both then.
     """
-    launched = {"LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
-    if int(os.environ.get("OMP_NUM_THREADS") or 1) <= 1 and (launched or "OMP_NUM_THREADS" not in os.environ):
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    given, launched = os.environ.get("OMP_NUM_THREADS"), os.environ.keys() & LAUNCHED
+    if not given or (given == "1" and launched and not one_thread_is_wanted()):
+        share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         os.environ["OMP_NUM_THREADS"] = str(max(1, share))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # benchmarks/threads.py
+
+
+def one_thread_is_wanted() -> bool:
+    """Whether the launcher of this process was itself started with a number of threads."""
+    import psutil
+
+    from .training.preemption import LAUNCHER
+
+    with suppress(psutil.Error):
+        if LAUNCHER:
+            parent = psutil.Process(LAUNCHER)
+            words = [word.replace("-", "_").partition("=")[0] for word in parent.cmdline()]
+            return "OMP_NUM_THREADS" in parent.environ() or "__num_cpu_threads_per_process" in words
+    return False
 
 
 def flag(name: str) -> str:

@@ -237,8 +237,10 @@ class TrainConfig(DataConfig):
         self.init = self.init or None
         if self.model is None and not self.init:  # which else fixes the architecture
             self.model = DEFAULT_MODEL
-        self.accumulation_given = self.gradient_accumulation is not None
-        if not self.accumulation_given:
+        undecided = {"gradient_accumulation": None, "mixed_precision": "auto", "compile": False}
+        self.undecided = {name for name, value in undecided.items() if getattr(self, name) == value}
+        self.taken_over: set[str] = set()  # from Accelerate
+        if self.gradient_accumulation is None:
             self.gradient_accumulation = 1
         if self.knn_every is None:
             self.knn_every = 0 if self.max_steps else 5
@@ -325,20 +327,21 @@ class TrainConfig(DataConfig):
             none = "`loss_subtype='none'` trains nothing but the head that rotates"
             raise CareHubError(f"{none}; leave `steering_head` out.")
 
-    def take_over(self, launched: int | None) -> "TrainConfig":
-        """These options with the accumulation that Accelerate was `launched` with, where none was given.
+    def take_over(self, launched: dict[str, Any]) -> "TrainConfig":
+        """These options with those that Accelerate was `launched` with, where none was given.
 
         Raises CareHubError if both are given and differ.
         """
-        if launched in (None, self.gradient_accumulation):
-            return self
-        if self.accumulation_given:
-            ours = f"`gradient_accumulation={self.gradient_accumulation}`"
-            theirs = f"Accelerate's gradient_accumulation_steps {launched}"
-            raise CareHubError(f"{ours} and {theirs} ({ACCUMULATION}) differ; give one of them.")
-        taken = dataclasses.replace(self, gradient_accumulation=launched)
-        taken.accumulation_given = False
-        return taken
+        for name, value in launched.items():
+            if name not in self.undecided and (own := getattr(self, name)) != value:
+                setting = ACCELERATE[name]
+                theirs = f"Accelerate's {setting} {value} (ACCELERATE_{setting.upper()})"
+                raise CareHubError(f"`{name}={own!r}` and {theirs} differ; give one of them.")
+        config = copy.copy(self)
+        config.taken_over = launched.keys() & self.undecided
+        for name in config.taken_over:
+            setattr(config, name, launched[name])
+        return config
 
     def start_from(self, initial: "EncoderConfig") -> "TrainConfig":
         """These options with the architecture of `initial`, the encoder that `init` names, and its image
@@ -662,7 +665,12 @@ FORMER_NAMES = {
 }
 
 
-ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"  # Accelerate's name in the environment
+# Options that Accelerate has too, and its names for them; in the environment ACCELERATE_ and capitals.
+ACCELERATE = {
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "mixed_precision": "mixed_precision",
+    "compile": "dynamo_backend",
+}
 
 # Options of the public code that have another name here, and what to give instead.
 PUBLIC_CODE = {

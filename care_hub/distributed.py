@@ -5,7 +5,6 @@ averages the gradients of the W processes. So the gradient that leaves `gather` 
 the processes, W times dL / dx.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,8 +17,8 @@ from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .config import ACCUMULATION
 from .errors import CareHubError
+from .launched import launched_options, on_cpu
 
 T = TypeVar("T")
 
@@ -189,21 +188,11 @@ def peer_errors() -> Iterator[None]:
 
 
 def inference_accelerator() -> Accelerator:
-    """An accelerate.Accelerator for evaluation, on the CPU if there is no accelerator."""
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=launched_accumulation() or 1),
-    )
+    """An accelerate.Accelerator for evaluation, on the CPU if there is no accelerator.
 
-
-def launched_accumulation() -> int | None:
-    """The gradient_accumulation_steps that Accelerate was launched with, None for none.
-
-    Raises CareHubError for what is no number of steps.
+    Raises CareHubError for settings of Accelerate that are not supported: see `launched_options`.
     """
-    given = os.environ.get(ACCUMULATION, "").strip()
-    if not given:
-        return None
-    if not given.isdecimal() or int(given) < 1:
-        raise CareHubError(f"{ACCUMULATION} must be a whole number from 1 on, got '{given}'.")
-    return int(given)
+    accumulation = launched_options().get("gradient_accumulation", 1)
+    return Accelerator(
+        cpu=on_cpu(), gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation)
+    )

@@ -18,6 +18,7 @@ from helpers import GOOD, SHARED, TURN, fitted, train_here
 from loopback_hub import WRITER, LoopbackHub
 from PIL import Image
 
+from care_hub.cores import cores
 from care_hub.data import shapes
 
 # Before huggingface_hub is imported: a cache of our own, and plain LFS, which a small Hub can speak.
@@ -25,8 +26,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="care_hub_tests_")
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
-cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-torch.set_num_threads(max(1, cores or 1))
+torch.set_num_threads(cores())
 # float32 on every machine, so that a figure that a test expects is the same everywhere.
 torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False
 

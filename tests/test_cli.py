@@ -10,6 +10,7 @@ from PIL import Image
 
 from care_hub import cli
 from care_hub.config import RECIPES, EvalConfig, TrainConfig, read_yaml, to_yaml
+from care_hub.cores import cores
 from care_hub.errors import CareHubError
 from care_hub.training import trainer
 
@@ -229,14 +230,41 @@ def test_import_and_help_are_light():
 
 
 def test_all_cores_are_used_unless_a_person_asked_for_one_thread(monkeypatch):
-    cores = str(len(os.sched_getaffinity(0)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for policy in (None, "active"):
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy) if policy else monkeypatch.delenv("OMP_WAIT_POLICY")
+        cli.use_all_cores()
+        assert os.environ["OMP_WAIT_POLICY"] == (policy or "passive")
     for given, launched, expected in [
-        (None, {}, cores),
+        (None, {}, str(cores())),
         ("1", {}, "1"),
-        ("1", {"LOCAL_WORLD_SIZE": "1"}, cores),  # which torchrun asked for
+        ("1", {"LOCAL_WORLD_SIZE": "1"}, str(cores())),  # which torchrun asked for
         ("3", {"LOCAL_WORLD_SIZE": "1"}, "3"),
+        ("4,2", {"LOCAL_WORLD_SIZE": "1"}, "4,2"),
+        ("1", {"ACCELERATE_MIXED_PRECISION": "bf16"}, "1"),
     ]:
         for name, value in {"LOCAL_WORLD_SIZE": None, "OMP_NUM_THREADS": given, **launched}.items():
             monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
         cli.use_all_cores()
         assert os.environ["OMP_NUM_THREADS"] == expected
+
+
+@pytest.mark.launches
+def test_a_launcher_passes_on_the_one_thread_that_a_user_asked_for(tmp_path):
+    ask = "import os; from care_hub import cli; cli.use_all_cores(); print(os.environ['OMP_NUM_THREADS'])"
+    launcher = tmp_path / "torchrun"  # which asks for one thread if nobody else does
+    launcher.write_text(
+        "import os, subprocess, sys\n"
+        "os.environ.setdefault('OMP_NUM_THREADS', '1')\n"
+        "os.environ['LOCAL_WORLD_SIZE'] = '1'\n"
+        f"subprocess.run([sys.executable, '-c', {ask!r}], check=True)\n"
+    )
+
+    def threads(*words, **environment):
+        variables = (f"{name}={value}" for name, value in environment.items())
+        done = run("env", "-u", "OMP_NUM_THREADS", *variables, "python", launcher, *words)
+        return done.stdout.strip()
+
+    assert threads() == str(cores())
+    assert threads(OMP_NUM_THREADS="1") == threads("--num-cpu-threads-per-process=1") == "1"
+    assert threads(OMP_NUM_THREADS="3") == "3"

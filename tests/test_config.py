@@ -163,20 +163,25 @@ def test_python_callers_may_give_paths_and_numbers_of_numpy():
     assert EvalConfig("shapes", encoder="here", protocol="SGD", lr="1e-3").lr == 0.001
 
 
-def test_accumulation_of_accelerate_is_taken_over_where_none_is_given():
-    assert (TrainConfig().gradient_accumulation, TrainConfig().take_over(4).gradient_accumulation) == (1, 4)
-    for same in (TrainConfig(gradient_accumulation=4), TrainConfig()):
-        assert same.take_over(None) is same
-    assert TrainConfig(gradient_accumulation=4).take_over(4).accumulation_given
-    for given in (1, 2):
-        with pytest.raises(CareHubError, match=f"`gradient_accumulation={given}` and .*_steps 4 .* differ"):
-            TrainConfig(gradient_accumulation=given).take_over(4)
+def test_settings_of_accelerate_are_taken_over_where_none_are_given():
+    launched = {"gradient_accumulation": 4, "mixed_precision": "bf16", "compile": True}
+    taken = TrainConfig().take_over(launched)
+    assert {name: getattr(taken, name) for name in launched} == launched
+    assert taken.taken_over == launched.keys() and TrainConfig().take_over({}) == TrainConfig()
+    assert TrainConfig().gradient_accumulation == 1
+    same = TrainConfig(gradient_accumulation=4, mixed_precision="bf16").take_over(launched)
+    assert same.taken_over == {"compile"} and same == taken
+    for name, given in (("gradient_accumulation", 1), ("mixed_precision", "no")):
+        with pytest.raises(CareHubError, match=f"`{name}={given!r}` and Accelerate's .* differ; give one"):
+            TrainConfig(**{name: given}).take_over(launched)
 
 
 def test_the_encoder_to_begin_with_fixes_the_architecture_and_is_published_by_its_name():
     initial = EncoderConfig("resnet18_cifar", 40, 1.0, (0.5,) * 3, (0.5,) * 3)
-    config = TrainConfig(init="/home/ann/birds/export", gradient_accumulation=None).start_from(initial)
-    assert (config.model, config.image_size) == ("resnet18_cifar", 40) and not config.accumulation_given
+    config = (
+        TrainConfig(init="/home/ann/birds/export").take_over({"gradient_accumulation": 2}).start_from(initial)
+    )
+    assert (config.model, config.image_size) == ("resnet18_cifar", 40) and config.taken_over
     assert config.published()["init"] == "birds" and "/home/ann/birds/export" in to_yaml(config)
     assert TrainConfig(init="x.y", model="resnet18_cifar", image_size=16).start_from(initial).image_size == 16
     with pytest.raises(CareHubError, match=r"not the architecture of 'x.y', which is resnet18_cifar; leave"):

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
 from care_hub.factory import load_encoder
+from care_hub.files import write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +197,19 @@ def test_export_round_trip_is_exact(encoder, images, tmp_path):
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+def test_saving_over_the_files_of_a_loaded_encoder_leaves_it_as_it_is(encoder, images, tmp_path):
+    encoder.save_pretrained(tmp_path)
+    loaded, mapped = load_encoder(tmp_path), load_file(tmp_path / "model.safetensors")
+    before, values = loaded.encode(images), {k: v.clone() for k, v in mapped.items()}
+    loaded.save_pretrained(tmp_path)
+    randomized(copy.deepcopy(encoder), seed=1).save_pretrained(tmp_path)
+    assert (loaded.encode(images) == before).all() and all(mapped[k].equal(v) for k, v in values.items())
+    assert not np.allclose(load_encoder(tmp_path).encode(images), before)
+    write_tensors(tmp_path / "model.safetensors", mapped)  # what it is mapped from, by now another file
+    write_tensors(tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors"))
+    assert load_file(tmp_path / "model.safetensors").keys() == values.keys()
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 @pytest.mark.parametrize("model", ["resnet10_w32_small", "resnet18_w16_cifar", "resnet18"])
 def test_plain_timm_loads_an_export_and_agrees(model, dtype, images, tmp_path):
@@ -297,7 +311,7 @@ def test_damaged_exports_are_refused(encoder, tmp_path):
     config["care"].pop("sha256")
     (tmp_path / "config.json").write_text(json.dumps(config))
     refused("complete safetensors")
-    state = load_file(tmp_path / "projection.safetensors")
+    state = {k: v.clone() for k, v in load_file(tmp_path / "projection.safetensors").items()}
     (tmp_path / "model.safetensors").write_bytes(weights)
     save_file({k: v for k, v in state.items() if k != "0.weight"}, tmp_path / "projection.safetensors")
     refused("disagree on the head")

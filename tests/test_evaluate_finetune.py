@@ -53,7 +53,7 @@ def test_fine_tuning_accumulates_as_accelerate_was_told(tiny_run, photos, monkey
         with caplog.at_level("INFO", "care_hub"):
             finetune(encoder, train, test, inference_accelerator(), config)
         assert (len(steps), len(losses)) == expected and steps == [0, 1]
-        assert ("a step averages 3 batches" in caplog.text) == bool(count)
+        assert ("with gradient_accumulation_steps 3, as Accelerate" in caplog.text) == bool(count)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "100")
     with pytest.raises(CareHubError, match="48 training images do not make 100 batches"):
         finetune(encoder, train, test, inference_accelerator(), config)

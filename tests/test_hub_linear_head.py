@@ -9,11 +9,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import OLD, killed_at_each_rename
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import care_hub
 from care_hub import cli
 from care_hub.errors import CareHubError
+from care_hub.files import write_tensors
 from care_hub.hub.export import read_config
 from care_hub.hub.linear_head import LinearHead, head_file_name, head_files
 
@@ -96,7 +97,7 @@ def test_a_head_with_hostile_metadata_is_refused(about, export):
     path = export / "linear_head.shapes.safetensors"
     names = json.dumps([f"class {k}" for k in range(10)])
     metadata = {"dataset": "shapes", "class_names": names, "metrics": "{}"} | about if about else {}
-    save_file(load_file(path), path, metadata=metadata)
+    write_tensors(path, load_file(path), metadata)
     with pytest.raises(CareHubError, match="is not a linear head of care_hub"):
         LinearHead.load(path)
 

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import GOOD, IMAGES, TURN, care_hub_command, fitted, snippets, stored
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import care_hub
 from care_hub.errors import CareHubError
 from care_hub.factory import push_export
+from care_hub.files import write_tensors
 from care_hub.hub.card import write_card
 from care_hub.hub.export import content_sum
 from care_hub.hub.rotation_set import FILE_NAME
@@ -156,7 +157,7 @@ def rewrite(path, change=lambda entries: entries, **tensors):
     about["fitted"] = json.dumps(change(json.loads(about["fitted"])))
     values = load_file(path) | tensors
     about["sha256"] = content_sum([values[name] for name in sorted(values)], about)
-    save_file(values, path, metadata=about)
+    write_tensors(path, values, about)
 
 
 @pytest.mark.parametrize(

@@ -357,7 +357,7 @@ def test_a_network_of_timm_is_trained_on_images_of_a_size_of_ones_own(photos, tm
     assert "license: apache-2.0\n" in card and f"initialized from `{name}` (its license: apache-2.0)" in card
 
 
-def test_accumulation_of_accelerate_is_that_of_the_option(photos, tmp_path, monkeypatch):
+def test_settings_of_accelerate_are_those_of_the_options(photos, tmp_path, monkeypatch):
     variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
     flags = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32", "--max-steps", "1")
     flags += ("--momentum", "0", "--weight-decay", "0", "--warmup-epochs", "0")
@@ -367,9 +367,17 @@ def test_accumulation_of_accelerate_is_that_of_the_option(photos, tmp_path, monk
         return printed, load_file(tmp_path / name / "export" / "model.safetensors")
 
     _, still = weights("still", "--lr", "0")
-    _, one = weights("one")
+    shown, one = weights("one")
+    assert "precision float32 (by mixed_precision)" in shown and "compiled" not in shown
     shown, ours = weights("ours", "--gradient-accumulation", "3")
     assert "3 independent micro-batches, by gradient_accumulation " in shown
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")  # the network as it is, by way of torch.compile
+        before = torch._dynamo.utils.counters["frames"]["ok"]
+        shown, compiled = weights("compiled")
+        assert "compiled by Accelerate's dynamo_backend" in shown
+        assert torch._dynamo.utils.counters["frames"]["ok"] > before
+        assert all(torch.equal(one[k], compiled[k]) for k in one)
     monkeypatch.setenv(variable, "3")
     shown, theirs = weights("theirs")
     assert "3 independent micro-batches, by Accelerate's gradient_accumulation_steps" in shown

@@ -1,6 +1,5 @@
 """One split of a data set: uint8 RGB images of one size, in memory or streamed through loader processes."""
 
-import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..config import PREEMPT_SIGNALS
+from ..cores import cores
 from ..errors import CareHubError
 from .decode import square_tensor, to_rgb, to_square, to_tensor
 
@@ -207,7 +207,7 @@ def decode_into_memory(images: StreamedImages, title: str, progress: bool) -> In
 
     hidden = not progress or count < 10000 or None  # None: only on a terminal
     bar = tqdm(total=count, desc=f"decoding {title}", unit="image", disable=hidden, leave=False)
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with bar, ThreadPoolExecutor(cores()) as pool:
         for start in range(0, count, 1000):
             cells = images.rows[start : start + 1000]["image"]
             for _ in pool.map(decode, range(start, count), cells):

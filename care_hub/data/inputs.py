@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..augment import normalize
+from ..cores import cores
 from ..errors import CareHubError
 from .decode import find_images, square_tensor, to_square
 
@@ -114,7 +115,7 @@ def decode_batches(
         yield from ((to_pixels(items[k : k + batch_size], "the batch"), []) for k in starts)
         return
     numbered = enumerate(items)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         futures = (
             [
                 pool.submit(decode_item, item, size, crop_pct, f"image {number}")

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import augment
-from ..config import EvalConfig
+from ..config import ACCELERATE, EvalConfig
 from ..distributed import global_batch_norm
 from ..encoder import Encoder
 from ..errors import CareHubError
 from ..hub.linear_head import LinearHead
+from ..launched import launched_options
 from ..schedule import lr_at
 from .features import LabeledImages, embed_all, label_subset
 from .linear import fit_best, top_accuracies
@@ -38,10 +39,10 @@ def finetune(
     linear probe, which keeps the features from being distorted early on (Kumar et al. 2022,
     "LP-FT"). Order and augmentation depend on the seed and the place in the global batch, never on
     the number of processes. An optimizer step averages as many batches as Accelerate's
-    gradient_accumulation_steps says.
+    gradient_accumulation_steps says; its mixed_precision and dynamo_backend hold too.
     """
-    if accelerator.is_main_process and (count := accelerator.gradient_accumulation_steps) > 1:
-        logger.info("a step averages %d batches, by Accelerate's gradient_accumulation_steps", count)
+    for option, value in launched_options().items() if accelerator.is_main_process else ():
+        logger.info("fine-tuning with %s %s, as Accelerate was launched", ACCELERATE[option], value)
     x = embed_all(encoder, train.images, accelerator, "backbone", title="training images")
     y, names = train.labels.to(x.device), train.class_names
     heads, encoders = [], []

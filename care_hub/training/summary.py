@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ..config import DataConfig, TrainConfig
+from ..config import ACCELERATE, DataConfig, TrainConfig
 from ..data.images import Images
 from ..encoder import Encoder
 from ..metrics import FINAL_METRICS, METRICS
@@ -40,17 +40,16 @@ def plan_text(
         method += f", queue {config.queue_for(len(train)):,}"
     batch = f"{config.batch_size} images"
     if config.gradient_accumulation > 1:
-        own = config.accumulation_given
-        source = "gradient_accumulation" if own else "Accelerate's gradient_accumulation_steps"
         batch += f", each the average of {config.gradient_accumulation} independent micro-batches"
-        batch += f", by {source}"
+        batch += f", by {_source(config, 'gradient_accumulation')}"
     optimizer = config.optimizer if config.optimizer == "lars" else f"fused {config.optimizer}"
     if config.compile:
-        optimizer += ", compiled"
+        optimizer += f", compiled by {_source(config, 'compile')}"
     model = f"{config.model} ({millions:.1f} M parameters)"
     data = f"{config.dataset_name}, {len(train):,} images at {encoder.config.image_size} px"
     mixed = accelerator.mixed_precision
-    precision = "float32" if mixed == "no" else mixed
+    chosen = "auto" if config.mixed_precision == "auto" else f"by {_source(config, 'mixed_precision')}"
+    precision = f"{'float32' if mixed == 'no' else mixed} ({chosen})"
     epochs = f"{plan.stop / plan.steps_per_epoch:.1f} epochs"
     if config.weight and not encoder.frozen:
         plain = {"simclr": "SimCLR", "moco": "MoCo"}[config.method]
@@ -67,6 +66,11 @@ def plan_text(
         f"{plan.stop:,} steps of {batch} ({epochs}) on {accelerator.num_processes} x {device}\n"
         f"precision {precision}, channels_last, {optimizer}, images {train.description}"
     )
+
+
+def _source(config: TrainConfig, option: str) -> str:
+    """Who has set an option: its own name, or Accelerate's."""
+    return f"Accelerate's {ACCELERATE[option]}" if option in config.taken_over else option
 
 
 def dry_run_text(config: TrainConfig, plan: Plan, processes: int, memory: float) -> str:

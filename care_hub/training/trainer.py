@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import GradientAccumulationPlugin, send_to_device
 from timm.optim import Lars
 from torch import nn
@@ -20,11 +20,12 @@ from ..augment import AugmentationConfig, seeded_generator
 from ..config import EncoderConfig, ProjectionConfig, TrainConfig
 from ..data.images import Images, InMemoryImages
 from ..data.sources import load_splits
-from ..distributed import Votes, from_main, global_batch_norm, launched_accumulation, peer_errors
+from ..distributed import Votes, from_main, global_batch_norm, peer_errors
 from ..encoder import Encoder, projection_head
 from ..errors import CareHubError
 from ..evaluate.monitor import final_results, knn_monitor
 from ..hub.client import check_name, check_push
+from ..launched import compile_arguments, launched_options, on_cpu
 from ..models import feature_width
 from ..schedule import Plan, lr_at, weight_at
 from . import run, summary
@@ -81,7 +82,7 @@ def train(config: TrainConfig, callbacks: Callbacks = NO_CALLBACKS) -> dict[str,
     Preempted, which is one, if the run was asked to stop. `callbacks`: functions to be called
     meanwhile.
     """
-    config = config.take_over(launched_accumulation())
+    config = config.take_over(launched_options())
     accelerator = make_accelerator(config)
     if config.resume == "auto" and (results := from_main(lambda: run.finished_results(config))):
         if accelerator.is_main_process:
@@ -107,9 +108,12 @@ def train(config: TrainConfig, callbacks: Callbacks = NO_CALLBACKS) -> dict[str,
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """The process group, device and precision of this process."""
     AcceleratorState._reset_state()  # which an evaluation in this process left, maybe in another precision
+    cpu = on_cpu()
+    device = PartialState(cpu=cpu).device
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else Accelerate does not see the processes of torchrun
-        mixed_precision=precision(config.mixed_precision),
+        cpu=cpu,
+        mixed_precision=precision(config.mixed_precision, device),
+        dynamo_backend="no",  # the backbone alone is compiled, in `start`
         log_with=None if config.log_with == "none" else config.log_with,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         project_dir=config.save_root,
@@ -124,14 +128,19 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def precision(wanted: str) -> str:
-    """`auto` -> bf16 where the matrix units have it: GPUs from Ampere on, CPUs with avx512_bf16 or AMX."""
+def precision(wanted: str, device: torch.device) -> str:
+    """`auto` -> bf16 where the matrix units have it: GPUs from Ampere on, CPUs with avx512_bf16 or AMX.
+
+    Raises CareHubError for fp16 without a GPU, and for a TPU.
+    """
+    if device.type == "xla":
+        raise CareHubError("a TPU is not supported: training runs on CPUs and GPUs.")
     if wanted != "auto":
-        if wanted == "fp16" and not torch.cuda.is_available():
+        if wanted == "fp16" and device.type != "cuda":
             raise CareHubError("`mixed_precision='fp16'` needs a GPU; use bf16 or no on a CPU.")
         return wanted
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "no"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "no"
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     probes = [getattr(torch.cpu, name, None) for name in names]
     return "bf16" if any(probe() for probe in probes if probe) else "no"
@@ -204,7 +213,7 @@ def start(setup: Setup, folder: Path) -> Session:
     config, accelerator = setup.config, setup.accelerator
     method = global_batch_norm(make_method(config, setup.encoder, len(setup.train)), accelerator.device)
     if config.compile:
-        setup.encoder.backbone.compile()
+        setup.encoder.backbone.compile(**compile_arguments())
     with warnings.catch_warnings():
         # Renamed in newer torch; the old name is the one that torch 2.6 knows.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

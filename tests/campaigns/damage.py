@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from forked import METHODS, STEPS, Table, prepare, train_forked
 from kills import content
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from care_hub.files import write_tensors
 from care_hub.hub.export import sha256
 from care_hub.training.checkpoint import FILES, _sum
 
@@ -38,7 +39,7 @@ def tensors(name: str, change: Callable[[dict], object], sealed: bool = True) ->
     def damage(path: Path) -> None:
         content = load_file(path / name)
         change(content)
-        save_file({k: v.contiguous() for k, v in content.items()}, path / name)
+        write_tensors(path / name, {k: v.contiguous() for k, v in content.items()})
         if sealed:
             seal(path)
         else:

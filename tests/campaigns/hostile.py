@@ -27,12 +27,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from loopback_hub import WRITER, LoopbackHub
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import care_hub
 from care_hub import cli
 from care_hub.errors import CareHubError
 from care_hub.factory import push_export
+from care_hub.files import write_tensors
 from care_hub.hub.card import write_card
 from care_hub.hub.evaluation_record import add_result, read_record
 from care_hub.hub.export import sha256
@@ -139,7 +140,7 @@ def rewrite(path: Path, change: Callable[[dict], dict], **about: str) -> None:
     """Change tensors and metadata of a file, its sum in config.json too, as someone who means it would."""
     with safe_open(path, "pt") as file:
         metadata = {k: v for k, v in (file.metadata() or {}).items() if k != "sha256"} | about
-    save_file(change(load_file(path)), path, metadata=metadata)
+    write_tensors(path, change(load_file(path)), metadata)
     config = path.with_name("config.json")
     if config.is_file() and path.name != ROTATION:
         values = json.loads(config.read_text())
