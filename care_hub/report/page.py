@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..config import data_options
 from ..files import own_file
 from ..hub.card import Row
 from ..metrics import FINAL_GEOMETRY, METRICS
@@ -70,11 +71,18 @@ def contents(runs: list[Run]) -> dict[str, Any]:
         "results": result_rows(runs),
         "differing": option_rows(runs),
         "bare": bare,
-        "bare_paths": shlex.join(str(run.path) for run in bare),
+        "measure_bare": _measure_command(bare),
         "curves": _panels(partial(plot_curves, logged), logged_metrics(logged), "over the images seen"),
         "geometry": [_geometry_part(dataset, runs, colors) for dataset in datasets],
         "sheets": [(run.name, sheet) for run in runs if (sheet := _sheet(run))],
     }
+
+
+def _measure_command(runs: list[Run]) -> str:
+    """What measures the geometry of `runs`, on the data of the first."""
+    if not runs:
+        return ""
+    return f"care-hub equivariance {shlex.join(str(run.path) for run in runs)} {data_options(runs[0].config)}"
 
 
 def _panels(plot: Callable[..., None], metrics: Iterable[str], about: str) -> list[str]:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+from ..errors import printable
 from .figures import COLORS, GRID, INK, PAPER
 
 # Defined by page.html. Of the runs' colors only the first is too dark for a dark page.
@@ -30,7 +31,7 @@ def inline_svg(path: Path, label: str) -> str:
             for key, value in element.attrib.items()
             if key != "id" or value in used
         }
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label}
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": printable(label)}
     return ElementTree.tostring(root, encoding="unicode")
 
 
