@@ -30,6 +30,7 @@ COLUMNS = (
     "composition_invariance_ratio",
     *HITS,
 )
+SHEET_BYTES = 16 << 20  # of an image in the page, at most
 SHEETS = ("neighbors.png", "neighbours.png")  # the latter in exports of earlier versions
 OWN_OPTIONS = {"run_name", "save_root", "resume"}  # differ between runs of one configuration
 
@@ -115,7 +116,8 @@ def _geometry_part(dataset: str, runs: list[Run], colors: dict[str, str]) -> dic
 
 def _sheet(run: Run) -> str:
     """The run's sheet of nearest neighbors as base64, empty if there is none."""
-    found = [path for name in SHEETS if own_file(path := run.path / "export" / name)]
+    paths = [run.path / "export" / name for name in SHEETS]
+    found = [path for path in paths if own_file(path) and path.stat().st_size <= SHEET_BYTES]
     return base64.b64encode(found[0].read_bytes()).decode() if found else ""
 
 

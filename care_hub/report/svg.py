@@ -18,6 +18,7 @@ def inline_svg(path: Path, label: str) -> str:
     Colors become the page's variables. Ids in use get a prefix that follows from `label`, which no
     other figure of the page may have; other ids go. Numbers have two decimals. Text is escaped.
     """
+    label = printable(label)
     prefix = f"f{hashlib.sha256(label.encode()).hexdigest()[:8]}-"
     root = ElementTree.parse(path).getroot()
     for parent in list(root.iter()):
@@ -31,7 +32,7 @@ def inline_svg(path: Path, label: str) -> str:
             for key, value in element.attrib.items()
             if key != "id" or value in used
         }
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": printable(label)}
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label}
     return ElementTree.tostring(root, encoding="unicode")
 
 
