@@ -123,7 +123,10 @@ def test_user_errors(tiny_run, tmp_path):
     assert not (tmp_path / "r.html").exists()
 
 
-@pytest.mark.parametrize("rows", [b"7\n7", b'{"loss": 1}\n{}', b'{"step": "a"}\n{}', b'{"step": 1e999}\n{}', b"\xff\n{}"])
+ROWS = [b"7\n7", b'{"loss": 1}\n{}', b'{"step": "a"}\n{}', b'{"step": 1e999}\n{}', b"\xff\n{}"]
+
+
+@pytest.mark.parametrize("rows", ROWS)
 def test_rows_that_are_none_are_refused(rows, tmp_path):
     (tmp_path / "config.yaml").touch()
     (tmp_path / "metrics.jsonl").write_bytes(rows)

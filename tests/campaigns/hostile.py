@@ -376,7 +376,7 @@ def escaped(kind: str, text: str, innocent: str) -> str:
             return f"HTML in a card: {tag[0]}"
         if (body.count(BEGIN), body.count(END)) != (1, 1):
             return "markers in a card"
-        trees = [ast.parse(code) for code in re.findall(r"```python\n(.*?)```", body, flags=re.S)]
+        trees = [ast.parse(code) for code in re.findall(r"^```python\n(.*?)^```$", body, flags=re.M | re.S)]
         names = {
             name.name
             for tree in trees
