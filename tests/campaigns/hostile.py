@@ -362,31 +362,26 @@ class Tags(HTMLParser):
         self.found |= {tag, *(f"{tag} {name}" for name, _ in attributes)}
 
 
+def acting(kind: str, text: str) -> set[str]:
+    """Tags and attributes of a page; metadata, HTML, imports and the number of markers in a card."""
+    if kind != "card":
+        return Tags(text).found if kind == "page" else set()
+    metadata, body = text.split("\n---\n", 1)
+    snippets = re.findall(r"^```python\n(.*?)^```$", body, flags=re.M | re.S)
+    code = [at for snippet in snippets for at in ast.walk(ast.parse(snippet))]
+    imports = {ast.unparse(at) for at in code if isinstance(at, ast.Import | ast.ImportFrom)}
+    markers = {f"{body.count(marker)} x {marker}" for marker in (BEGIN, END)}
+    return imports | markers | {*re.findall(r"<\S+", body), *yaml.safe_load(metadata)}
+
+
 def escaped(kind: str, text: str, innocent: str) -> str:
     """What of a hostile word acts in `text`, which is `innocent` with another word; empty if it does not."""
     if found := UNPRINTABLE.search(text.replace("\n", "")):
         return f"{found[0]!r} in a {kind}"
-    if line := re.search(r"^\W*FORGED.*", text, flags=re.M):
+    lines = text.split("\n---\n", 1)[-1]  # those of YAML are folded
+    if line := re.search(r"^\W*FORGED.*", lines, flags=re.M):
         return f"a line of its own in a {kind}: {line[0]}"
-    if kind == "page":
-        return " ".join(Tags(text).found - Tags(innocent).found)
-    if kind == "card":
-        *_, body = text.split("\n---\n", 1)
-        if tag := re.search(r"<(?!!-- written by care_hub)\S+", body):
-            return f"HTML in a card: {tag[0]}"
-        if (body.count(BEGIN), body.count(END)) != (1, 1):
-            return "markers in a card"
-        trees = [ast.parse(code) for code in re.findall(r"^```python\n(.*?)^```$", body, flags=re.M | re.S)]
-        names = {
-            name.name
-            for tree in trees
-            for at in ast.walk(tree)
-            if isinstance(at, ast.Import)
-            for name in at.names
-        }
-        if names - {"care_hub", "timm", "torch"} or len(trees) > 3:
-            return f"code in a card: {names}"
-    return ""
+    return " ".join(acting(kind, text) - acting(kind, innocent))
 
 
 def try_words(root: Path, every: int = 1) -> Iterator[tuple[bool, str, str]]:
