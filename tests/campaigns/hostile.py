@@ -363,7 +363,7 @@ class Tags(HTMLParser):
 
 
 def acting(kind: str, text: str) -> set[str]:
-    """Tags and attributes of a page; metadata, HTML, imports and the number of markers in a card."""
+    """Tags and attributes of a page; metadata, HTML, imports, fences and the number of markers in a card."""
     if kind != "card":
         return Tags(text).found if kind == "page" else set()
     metadata, body = text.split("\n---\n", 1)
@@ -371,7 +371,8 @@ def acting(kind: str, text: str) -> set[str]:
     code = [at for snippet in snippets for at in ast.walk(ast.parse(snippet))]
     imports = {ast.unparse(at) for at in code if isinstance(at, ast.Import | ast.ImportFrom)}
     markers = {f"{body.count(marker)} x {marker}" for marker in (BEGIN, END)}
-    return imports | markers | {*re.findall(r"<\S+", body), *yaml.safe_load(metadata)}
+    fences = re.findall(r"^\W*(?:```|~~~).*", body, flags=re.M)
+    return imports | markers | {*re.findall(r"<\S+", body), *fences, *yaml.safe_load(metadata)}
 
 
 def escaped(kind: str, text: str, innocent: str) -> str:
