@@ -457,7 +457,7 @@ def upgrade(embeddings: tuple[str, ...], pairs: str, output: str, force: bool) -
     """Carry EMBEDDINGS, .parquet of `care-hub embed`, over to a new encoder by a map fitted on pairs."""
     from .steering.upgrade import upgrade as carry_over
 
-    print(carry_over(embeddings, pairs, output, force))
+    print(printable(carry_over(embeddings, pairs, output, force)))
 
 
 @main.command()
@@ -518,13 +518,15 @@ def report(runs: tuple[str, ...], output: str) -> None:
 @click.option("--author", help="with --hub: of this user or organization")
 def list_command(wildcard: str, pretrained: bool, hub: bool, author: str | None) -> None:
     """Show names that match WILDCARD: without an option the package's encoders and architectures."""
-    from .factory import list_models
-    from .hub.registry import entries
-    from .models import SMALL
-
     if hub:
-        rows = list_models(wildcard, hub=True, author=author)
+        from .hub.client import find_repositories  # without torch, so that an answer takes a second
+
+        rows = find_repositories(author, wildcard)
     else:
+        from .factory import list_models
+        from .hub.registry import entries
+        from .models import SMALL
+
         rows = [_entry_line(entries()[name]) for name in list_models(wildcard, pretrained=True)]
         if not pretrained:
             rows += [f"{name}  (architecture)" for name in list_models(wildcard) if name in SMALL]
@@ -581,4 +583,4 @@ def push(folder: str, repository: str, **options: Any) -> None:
     """Upload the export in FOLDER (or a run's) to ORG/NAME on the Hub, with its model card."""
     from .factory import push_export
 
-    print(push_export(folder, repository, **options))
+    print(printable(push_export(folder, repository, **options)))

@@ -10,6 +10,7 @@ import math
 import numbers
 import os
 import re
+import shlex
 import typing
 from collections.abc import Callable
 from contextlib import suppress
@@ -778,3 +779,17 @@ def to_yaml(config: TrainConfig) -> str:
 def plain_values(options: dict[str, Any]) -> dict[str, Any]:
     """Options as YAML and JSON write them: tuples as lists."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+
+
+def data_options(data: DataConfig) -> str:
+    """The options of a data set as they are typed, but for those with their defaults.
+
+    >>> data_options(TrainConfig("imagefolder", data_root="my images", skip_broken_images=True))
+    "--dataset-name imagefolder --data-root 'my images' --skip-broken-images"
+    """
+    words: list[str] = []
+    for option in dataclasses.fields(DataConfig):
+        value = getattr(data, option.name)
+        if value != option.default:
+            words += ["--" + option.name.replace("_", "-"), *([] if value is True else [str(value)])]
+    return shlex.join(words)

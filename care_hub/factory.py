@@ -155,7 +155,7 @@ def list_models(
     ['resnet18_cifar', 'resnet18_w16_cifar']
     """
     if hub:
-        return fnmatch.filter(find_repositories(author), filter or "*")
+        return find_repositories(author, filter)
     if pretrained:
         return sorted(fnmatch.filter(entries(), filter or "*"))
     return timm.list_models(filter)

@@ -172,6 +172,10 @@ class _Handler(BaseHTTPRequestHandler):
         about = {"type": "user", "name": name, "orgs": [{"name": org} for org in orgs]}
         return self._json(about | {"auth": {"accessToken": {"role": role}}})
 
+    def may_write(self, repo_id):
+        if self._repository(repo_id, write=True):
+            self._json({})
+
     def create(self):
         asked = json.loads(self.body)
         repo_id = f"{asked.get('organization') or (self.user or ('',))[0]}/{asked['name']}"
@@ -322,6 +326,7 @@ def _route(pattern: str):
 
 ROUTES = [
     ("GET", _route("/api/whoami-v2"), _Handler.whoami),
+    ("GET", _route("/api/models/{id}/auth-check/write"), _Handler.may_write),
     ("POST", _route("/api/repos/create"), _Handler.create),
     ("POST", _route("/api/validate-yaml"), lambda self: self._json({"errors": [], "warnings": []})),
     ("GET", _route("/api/models"), _Handler.models),

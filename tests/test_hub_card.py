@@ -117,6 +117,15 @@ def test_rows_do_not_depend_on_the_order_of_measuring(export, tmp_path):
     ]
 
 
+def test_the_card_ends_with_what_was_measured_and_its_data_sets_keep_their_order(export):
+    for dataset in ("zebras", "shapes", "apples"):
+        add_result(export, "equivariance", dataset, measured(label=14.5))
+    text = write_card(export).read_text()
+    titles = re.findall(r"^## (.*)", text, flags=re.M)
+    assert titles.index("Citation") < titles.index("Results") and titles[-2:] == ["Results", "Equivariance"]
+    assert re.findall(r"By augmentation on `(\w+)`", text) == ["shapes", "apples", "zebras"]
+
+
 def test_accuracies_of_a_head_and_of_the_end_of_training_stand_where_nothing_newer_is_recorded():
     config = EncoderConfig("m", 32, 1.0, (0, 0, 0), (1, 1, 1), dataset="a", results={"knn_top1": 50.0})
     heads = [
@@ -132,12 +141,16 @@ def test_accuracies_of_a_head_and_of_the_end_of_training_stand_where_nothing_new
 
 
 def test_the_card_says_what_the_hub_can_read(server, export):
+    for dataset in ("cifar10", "org/pets"):
+        add_result(export, "accuracy", dataset, {"kNN": {"top1": 30.0}})
     push_folder(export, "lab/tiny")
     data = ModelCard(stored(server, "lab/tiny")["README.md"].decode()).data
     about = (data.library_name, data.pipeline_tag, data.license)
     assert about == ("care_hub", "image-feature-extraction", "mit")
     values = {r.metric_name: r.metric_value for r in data.eval_results}
-    assert values["linear probe top-1 (backbone)"] == 61.5 and values["kNN top-1 (backbone)"] == 50.0
+    assert values["linear probe top-1 (backbone)"] == 61.5 and values["kNN, color top-1 (backbone)"] == 40.0
+    splits = {r.dataset_type: r.dataset_split for r in data.eval_results}
+    assert splits == {"shapes": "test", "uoft-cs/cifar10": "test", "org/pets": None}  # it may be "validation"
     assert care_hub.list_models(hub=True) == ["lab/tiny"]
     assert care_hub.list_models(hub=True, author="bob") == []
     done = CliRunner().invoke(cli.main, ["list", "--hub", "--author", "lab"])

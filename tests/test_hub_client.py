@@ -2,16 +2,19 @@
 
 import logging
 import os
+import socket
 import time
+from contextlib import ExitStack
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers import IMAGES, edited, stored
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import logging as hub_logging
-from loopback_hub import WRITER
+from loopback_hub import READER, WRITER
 
 import care_hub
 from care_hub import cli
@@ -33,13 +36,69 @@ def test_a_hub_that_stays_broken_is_one_sentence(server, export):
     push_folder(export, "lab/tiny")
 
 
-@pytest.mark.parametrize("fault", ["cut", 503, 429])
-def test_a_broken_download_is_resumed(fault, server, export, tmp_path):
+def test_a_download_that_is_cut_is_resumed(server, export, tmp_path):
     push_folder(export, "lab/tiny")
-    server.faults = {"GET /lab/tiny/resolve": [fault, fault], "/tree/": [fault] if fault != "cut" else []}
+    server.faults = {"GET /lab/tiny/resolve": ["cut", "cut"]}
     loaded = care_hub.load_encoder("lab/tiny", cache_dir=tmp_path / "cache")
     np.testing.assert_allclose(loaded.encode(IMAGES), care_hub.load_encoder(export).encode(IMAGES), atol=1e-6)
     assert not server.faults["GET /lab/tiny/resolve"]
+
+
+def test_what_only_reads_is_left_to_the_client(server, export, tmp_path):
+    """It was tried three times, and by the client several times each."""
+    push_folder(export, "lab/tiny")
+    server.requests.clear()
+    server.faults = {"whoami": [503], "GET /lab/tiny/resolve": [503]}
+    with pytest.raises(CareHubError, match="status 503"):
+        check_push("lab/new")
+    with pytest.raises(CareHubError, match="status 503"):
+        care_hub.load_encoder("lab/tiny", cache_dir=tmp_path / "cache")
+    assert server.requests["GET /api/whoami-v2"] == 1
+    assert care_hub.load_encoder("lab/tiny", cache_dir=tmp_path / "cache")  # goes on with what has come
+    fetched = [count for name, count in server.requests.items() if name.startswith("GET /lab/tiny/resolve")]
+    assert sorted(fetched) == [1, 1, 1, 1, 2]
+
+
+@pytest.mark.skipif("write" not in signature(HfApi.auth_check).parameters, reason="an old client")
+def test_whether_a_token_may_push_is_what_the_hub_says_of_the_repository(server, export):
+    push_folder(export, "lab/tiny")
+    server.requests.clear()
+    check_push("lab/tiny")
+    assert list(server.requests) == ["GET /api/models/lab/tiny/auth-check/write"]
+    with pytest.raises(CareHubError, match="your Hub token may not write to 'lab/tiny'"):
+        check_push("lab/tiny", READER)
+
+
+@pytest.fixture
+def silent_port():
+    """A port of loopback that takes no connection and refuses none: its queue is full."""
+    with ExitStack() as stack, socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(server.getsockname())
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_where_no_hub_can_be_reached_reads_end_at_once(
+    refuses, silent_port, server, export, tmp_path, monkeypatch, capfd
+):
+    """`care-hub list --hub` took 70 seconds, and had 33 lines from the client before its sentence."""
+    push_folder(export, "lab/tiny")
+    care_hub.load_encoder("lab/tiny", cache_dir=tmp_path / "cache")
+    capfd.readouterr()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{9 if refuses else silent_port}")
+    monkeypatch.setattr(client, "CONNECT_SECONDS", 0.3)
+    start = time.monotonic()
+    done = CliRunner().invoke(cli.main, ["list", "--hub"])
+    assert done.output.startswith("Error: The Hub can't be reached for 'the list of models' (")
+    assert ("Connection refused" if refuses else "timed out") in done.output
+    with pytest.raises(CareHubError, match="can't be reached for 'lab/tiny'"):
+        check_push("lab/tiny")
+    assert care_hub.load_encoder("lab/tiny", cache_dir=tmp_path / "cache")  # what is in the cache will do
+    assert time.monotonic() - start < 5
+    assert done.exit_code == 1 and done.output.count("\n") == 1 and capfd.readouterr().err == ""
 
 
 def test_a_download_that_never_ends_well_leaves_no_model(server, export, tmp_path):

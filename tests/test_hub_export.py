@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from campaigns.hostile import try_folders, try_values
+from campaigns.hostile import try_folders, try_values, try_words
 from helpers import ROOT, edited, killed_at_each_rename, visible, with_weights
 from safetensors.torch import save
 
@@ -186,8 +186,8 @@ def test_config_json_is_indented_for_readers(export):
 
 
 @pytest.mark.launches
-@pytest.mark.parametrize("attempts, every", [(try_values, 23), (try_folders, 19)])
-def test_some_of_the_hostile_values_and_folders(attempts, every, tmp_path, monkeypatch):
+@pytest.mark.parametrize("attempts, every", [(try_values, 23), (try_words, 100), (try_folders, 19)])
+def test_some_of_the_hostile_values_words_and_folders(attempts, every, tmp_path, monkeypatch):
     """All of them: `python tests/campaigns/hostile.py`."""
     for name in ("HF_ENDPOINT", "HF_TOKEN"):
         monkeypatch.setenv(name, "")  # which are set there and reset after it

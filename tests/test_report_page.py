@@ -123,13 +123,18 @@ def test_user_errors(tiny_run, tmp_path):
     assert not (tmp_path / "r.html").exists()
 
 
-@pytest.mark.parametrize("rows", [b"7\n7", b'{"loss": 1}\n{}', b'{"step": "a"}\n{}', b"\xff\n{}"])
+ROWS = [b"7\n7", b'{"loss": 1}\n{}', b'{"step": "a"}\n{}', b'{"step": 1e999}\n{}', b"\xff\n{}"]
+
+
+@pytest.mark.parametrize("rows", ROWS)
 def test_rows_that_are_none_are_refused(rows, tmp_path):
     (tmp_path / "config.yaml").touch()
     (tmp_path / "metrics.jsonl").write_bytes(rows)
     assert "is no row of metrics" in report(tmp_path, "-o", tmp_path / "page.html", ok=False)
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "results.json").write_bytes(rows)
+    assert "does not contain the results" in report(tmp_path, "-o", tmp_path / "page.html", ok=False)
+    (tmp_path / "results.json").write_text('{"training_seconds": "long"}')
     assert "does not contain the results" in report(tmp_path, "-o", tmp_path / "page.html", ok=False)
 
 

@@ -6,13 +6,11 @@ wrote stays.
 
 import re
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, FileSystemLoader, Template
 
 from ..config import EncoderConfig, plain_values
 from ..data.sources import SPECS
@@ -23,6 +21,7 @@ from ..models import SMALL
 from .evaluation_record import Record, read_record
 from .export import folder_lock, read_config
 from .linear_head import LinearHead, read_heads
+from .markdown import render
 from .rotation_set import read_rotations
 
 BEGIN, END = "<!-- written by care_hub: begin -->", "<!-- written by care_hub: end -->"
@@ -30,6 +29,9 @@ README_BYTES = 1 << 20
 OURS = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
 TAGS = ["care_hub", "timm", "equivariance", "self-supervised-learning", "contrastive-learning"]
 LICENSES = ("mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0")  # the Hub refuses unknown ones
+# Where it is known which one results are of: others have a test or a validation split.
+TEST_SPLITS = dict.fromkeys(("shapes", "cifar10", "cifar100", "stl10"), "test")
+TEST_SPLITS["imagenet100"] = "validation"
 ROTATION_METRICS = (
     "motion",
     "same_image_hit_at_1",
@@ -155,16 +157,6 @@ def _rows(dataset: str, label: str, metrics: dict[str, Any]) -> list[Row]:
     ]
 
 
-@cache
-def _template() -> Template:
-    """card.md, compiled once, which takes longer than to fill it in."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["cell"] = lambda value: printable(str(value)).replace("|", "\\|")
-    return environment.get_template("card.md")
-
-
 def _written(folder: Path, name: str | None) -> tuple[ModelCardData, str]:
     """What care_hub writes: the metadata, and the part between the markers (card.md, filled in)."""
     config, _ = read_config(folder)
@@ -172,7 +164,9 @@ def _written(folder: Path, name: str | None) -> tuple[ModelCardData, str]:
     rows = accuracies(config, heads, record)
     parts = (config.model, config.method or "CARE", config.dataset or "unknown")
     title = name.split("/")[-1] if name else "-".join(parts).replace("/", "-")
-    text = _template().render(
+    measured = record.get("equivariance", {})
+    text = render(
+        "card.md",
         config=config,
         name=name,
         folder=folder,
@@ -183,13 +177,13 @@ def _written(folder: Path, name: str | None) -> tuple[ModelCardData, str]:
         rows=rows,
         final=[METRICS[key] for key in FINAL_GEOMETRY if key in config.results],
         family_metrics=FAMILY_METRICS,
-        families=record.get("equivariance", {}),
+        families={name: measured[name] for name in sorted(measured, key=lambda k: (k != config.dataset, k))},
         metrics=METRICS,
         rotations=read_rotations(folder),
         rotation_metrics=ROTATION_METRICS,
-        settings=yaml.safe_dump(plain_values(config.training), sort_keys=False).strip(),
+        settings=plain_values(config.training),
     )
-    return _metadata(config, title, rows), re.sub(r"\n{3,}", "\n\n", text).strip()
+    return _metadata(config, title, rows), text
 
 
 def _metadata(config: EncoderConfig, title: str, rows: list[Row]) -> ModelCardData:
@@ -198,11 +192,11 @@ def _metadata(config: EncoderConfig, title: str, rows: list[Row]) -> ModelCardDa
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=_hub_id(row.dataset) or row.dataset,
-            dataset_name=row.dataset,
-            dataset_split="test",
+            dataset_type=printable(_hub_id(row.dataset) or row.dataset),
+            dataset_name=printable(row.dataset),
+            dataset_split=TEST_SPLITS.get(row.dataset),
             metric_type="accuracy",
-            metric_name=row.title,
+            metric_name=printable(row.title),
             metric_value=float(row.value),
         )
         for row in rows
@@ -212,9 +206,9 @@ def _metadata(config: EncoderConfig, title: str, rows: list[Row]) -> ModelCardDa
         license=license if license in LICENSES else "other",
         library_name="care_hub",
         pipeline_tag="image-feature-extraction",
-        datasets=[trained] if trained else None,
+        datasets=[printable(trained)] if trained else None,
         tags=TAGS,
-        model_name=title,
+        model_name=printable(title),
         eval_results=results or None,
     )
 

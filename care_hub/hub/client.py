@@ -1,11 +1,13 @@
 """The Hugging Face Hub. Every failure is a CareHubError: one sentence, without a token in it."""
 
+import fnmatch
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,12 +30,20 @@ FILES = [
     "evaluation.json",
 ]
 NESTED = ["*/*", "*\\*"]  # an export has no sub-folders; what a repository has in some is not fetched
-RETRY_SECONDS = (1, 3)
-ANSWER_SECONDS = 20  # a Hub that has not answered by then hangs
+RETRY_SECONDS = (1, 3)  # between attempts at what changes a repository
+CONNECT_SECONDS = 5  # a Hub that can't be connected to by then can't be reached
+ANSWER_SECONDS = 20  # one that has not answered by then hangs
 SLOWEST = 1000  # bytes a second of an answer that takes longer
 LOG_IN = "the Hub does not know you: log in with `hf auth login`, or set HF_TOKEN to a valid token."
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+
+
+class Unreachable(errors.OfflineModeIsEnabled):
+    """No connection. As where it is told to stay offline, the client makes do with its cache."""
+
+
 SENTENCES = {
+    Unreachable: "the Hub can't be reached for '{repo_id}' ({reason}); check the network or try again later.",
     errors.RevisionNotFoundError: "'{repo_id}' has no revision '{revision}'.",
     errors.LocalTokenNotFoundError: LOG_IN,
     errors.GatedRepoError: "'{repo_id}' is gated; ask for access on its page and `hf auth login`.",
@@ -73,7 +83,7 @@ def fetch(
         allow_patterns=[*FILES, "README.md"],
         ignore_patterns=NESTED,
     )
-    folder = Path(ask(download, repo_id, token, revision))
+    folder = Path(ask(download, repo_id, token, revision, once=True))
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise CareHubError(
             f"'{repo_id}' contains no care_hub encoder: config.json and model.safetensors are needed. "
@@ -85,13 +95,32 @@ def fetch(
 def check_push(repo_id: str, token: str | None = None) -> None:
     """Raise CareHubError, before hours of training, if this token could not push to `repo_id`."""
     check_name(repo_id)
-    me = ask(make_client(token).whoami, repo_id, token)
+    client = make_client(token)
+    if ask(lambda: _may_write(client, repo_id), repo_id, token, once=True):
+        return
+    me = ask(client.whoami, repo_id, token, once=True)
     names = [me.get("name"), *(organization.get("name") for organization in me.get("orgs", []))]
     if repo_id.split("/")[0] not in names:
         known = ", ".join(filter(None, names))
         raise CareHubError(f"your Hub token can't write to '{repo_id}'; its names are {known}.")
     if ((me.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise CareHubError("your Hub token may only read; make one that may write, at hf.co/settings/tokens.")
+
+
+def _may_write(client: HfApi, repo_id: str) -> bool:
+    """Whether the Hub says so; it says nothing of a repository that isn't there yet, nor to old clients.
+
+    Raises the client's error where it refuses.
+    """
+    if "write" not in signature(client.auth_check).parameters:
+        return False
+    try:
+        client.auth_check(repo_id, write=True)
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code not in (401, 404):
+            raise
+        return False
+    return True
 
 
 def check_name(repo_id: str) -> None:
@@ -104,22 +133,30 @@ def check_name(repo_id: str) -> None:
         raise CareHubError(_sentence(error, repo_id)) from error
 
 
-def find_repositories(author: str | None = None) -> list[str]:
-    """Ids of the repositories on the Hub (of `author`) that carry this library's tag."""
+def find_repositories(author: str | None = None, wildcard: str = "") -> list[str]:
+    """Ids, like `wildcard`, of the repositories on the Hub (of `author`) that carry this library's tag."""
     find = partial(make_client().list_models, filter="care_hub", author=author)
-    return ask(lambda: [model.id for model in find()], "the list of models", None)
+    found = ask(lambda: [model.id for model in find()], "the list of models", None, once=True)
+    return fnmatch.filter(found, wildcard or "*")
 
 
-def ask(call: Callable[[], Result], repo_id: str, token: str | None, revision: str | None = None) -> Result:
+def ask(
+    call: Callable[[], Result],
+    repo_id: str,
+    token: str | None,
+    revision: str | None = None,
+    once: bool = False,
+) -> Result:
     """`call()`, again after a pause where the Hub or the connection failed.
 
-    Raises CareHubError for whatever the client raises, and where no answer comes in
+    `once`: for what only reads. It has the client's own retries, and none where the Hub can't be
+    reached. Raises CareHubError for whatever the client raises, and where no answer comes in
     ANSWER_SECONDS. Its message names `repo_id` and `revision`, and never contains `token`.
     """
-    pauses, began = iter(RETRY_SECONDS), time.monotonic()
+    pauses, began = iter(() if once else RETRY_SECONDS), time.monotonic()
     while True:
         try:
-            with _bounded_waits():
+            with _bounded_waits(once):
                 return call()
         except CareHubError:
             raise
@@ -133,11 +170,12 @@ def ask(call: Callable[[], Result], repo_id: str, token: str | None, revision: s
 
 
 @contextmanager
-def _bounded_waits() -> Iterator[None]:
+def _bounded_waits(once: bool) -> Iterator[None]:
     """For `with`: no wait for an answer is longer than ANSWER_SECONDS.
 
     Left alone, the client waits for some answers forever, asks again for minutes (which uploads
-    may), and sleeps as long as an answer says.
+    may), and sleeps as long as an answer says. `once`: the first connection that fails ends it; the
+    client would try again, with two lines on the screen each time.
     """
     hooks = getattr(get_session(), "event_hooks", None) or {"request": [], "response": []}
     unanswered: dict[int, float] = {}  # thread -> since when
@@ -145,7 +183,9 @@ def _bounded_waits() -> Iterator[None]:
     def before(request: Any) -> None:
         limits = dict.fromkeys(("connect", "read", "write", "pool")) | request.extensions.get("timeout", {})
         bounded = {kind: min(limit or ANSWER_SECONDS, ANSWER_SECONDS) for kind, limit in limits.items()}
-        request.extensions["timeout"] = bounded
+        request.extensions["timeout"] = bounded | {"connect": min(bounded["connect"], CONNECT_SECONDS)}
+        if once:
+            request.extensions["trace"] = _no_second_connection
         waited = time.monotonic() - unanswered.setdefault(threading.get_ident(), time.monotonic())
         if waited > ANSWER_SECONDS and request.method != "PUT":
             raise TimeoutError(f"no answer in {waited:.0f} seconds")
@@ -163,6 +203,13 @@ def _bounded_waits() -> Iterator[None]:
     finally:
         hooks["request"].remove(before)
         hooks["response"].remove(after)
+
+
+def _no_second_connection(event: str, info: dict[str, Any]) -> None:
+    """Raise Unreachable for an `event` that is the end of an attempt to connect."""
+    if event.endswith((".connect_tcp.failed", ".start_tls.failed")):
+        error = info["exception"]
+        raise Unreachable(str(error) or type(error).__name__) from error
 
 
 def _in_time(stream: Any) -> Any:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,9 +78,9 @@ def read_json(path: Path, most: int = JSON_BYTES) -> Any:
 
 
 def check_numbers(values: Iterable[object]) -> None:
-    """Raise TypeError unless all of `values`, out of a file, are numbers."""
-    if not all(isinstance(value, int | float) for value in values):
-        raise TypeError("a number is missing")
+    """Raise TypeError unless all of `values`, out of a file, are finite numbers."""
+    if not all(isinstance(value, int | float) and abs(value) <= sys.float_info.max for value in values):
+        raise TypeError("a finite number is missing")
 
 
 def projection_of(head: dict[str, Tensor]) -> ProjectionConfig | None:

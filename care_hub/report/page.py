@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..config import data_options
 from ..files import own_file
 from ..hub.card import Row
 from ..metrics import FINAL_GEOMETRY, METRICS
@@ -29,6 +30,7 @@ COLUMNS = (
     "composition_invariance_ratio",
     *HITS,
 )
+SHEET_BYTES = 16 << 20  # of an image in the page, at most
 SHEETS = ("neighbors.png", "neighbours.png")  # the latter in exports of earlier versions
 OWN_OPTIONS = {"run_name", "save_root", "resume"}  # differ between runs of one configuration
 
@@ -70,11 +72,18 @@ def contents(runs: list[Run]) -> dict[str, Any]:
         "results": result_rows(runs),
         "differing": option_rows(runs),
         "bare": bare,
-        "bare_paths": shlex.join(str(run.path) for run in bare),
+        "measure_bare": _measure_command(bare),
         "curves": _panels(partial(plot_curves, logged), logged_metrics(logged), "over the images seen"),
         "geometry": [_geometry_part(dataset, runs, colors) for dataset in datasets],
         "sheets": [(run.name, sheet) for run in runs if (sheet := _sheet(run))],
     }
+
+
+def _measure_command(runs: list[Run]) -> str:
+    """What measures the geometry of `runs`, on the data of the first."""
+    if not runs:
+        return ""
+    return f"care-hub equivariance {shlex.join(str(run.path) for run in runs)} {data_options(runs[0].config)}"
 
 
 def _panels(plot: Callable[..., None], metrics: Iterable[str], about: str) -> list[str]:
@@ -107,7 +116,8 @@ def _geometry_part(dataset: str, runs: list[Run], colors: dict[str, str]) -> dic
 
 def _sheet(run: Run) -> str:
     """The run's sheet of nearest neighbors as base64, empty if there is none."""
-    found = [path for name in SHEETS if own_file(path := run.path / "export" / name)]
+    paths = [run.path / "export" / name for name in SHEETS]
+    found = [path for path in paths if own_file(path) and path.stat().st_size <= SHEET_BYTES]
     return base64.b64encode(found[0].read_bytes()).decode() if found else ""
 
 

@@ -62,7 +62,10 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 def _read_results(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+        results = dict(json.loads(path.read_bytes())) if path.is_file() else {}
+        known = {key: value for key, value in results.items() if value == value}  # version 0.1 wrote NaN
+        check_numbers(known.values())
+        return known
     except READ_ERRORS as error:
         raise CareHubError(f"'{path}' does not contain the results of a run ({error!r:.200}).") from error
 

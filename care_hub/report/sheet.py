@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..data.decode import to_rgb
-from ..errors import CareHubError, printable
+from ..errors import CareHubError
 from .templates import write_template
 
 SIDE = 192  # pixels of a thumbnail's longer side, at most
@@ -20,8 +20,8 @@ def write_sheet(query: str, title: str, found: Sequence[tuple[str, str, float]],
     A file that is not there any more is left blank. Raises CareHubError where the page can't be
     written.
     """
-    rows = [(_thumbnail(file), printable(name), similarity) for file, name, similarity in found]
-    values = {"title": printable(title), "query": _thumbnail(query), "found": rows}
+    rows = [(_thumbnail(file), name, similarity) for file, name, similarity in found]
+    values = {"title": title, "query": _thumbnail(query), "found": rows}
     write_template("sheet.html", Path(output), values)
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+from ..errors import printable
 from .figures import COLORS, GRID, INK, PAPER
 
 # Defined by page.html. Of the runs' colors only the first is too dark for a dark page.
@@ -17,6 +18,7 @@ def inline_svg(path: Path, label: str) -> str:
     Colors become the page's variables. Ids in use get a prefix that follows from `label`, which no
     other figure of the page may have; other ids go. Numbers have two decimals. Text is escaped.
     """
+    label = printable(label)
     prefix = f"f{hashlib.sha256(label.encode()).hexdigest()[:8]}-"
     root = ElementTree.parse(path).getroot()
     for parent in list(root.iter()):

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from ..errors import CareHubError
+from ..errors import CareHubError, printable
 from ..files import write_text
 
 
@@ -23,5 +23,10 @@ def page_target(output: str | Path) -> Path:
 def write_template(template: str, target: Path, contents: dict[str, Any]) -> None:
     """Write the page `target`; text in `contents` is escaped. Raises CareHubError where it can't be."""
     folder = FileSystemLoader(Path(__file__).parent)
-    page = Environment(loader=folder, autoescape=True, trim_blocks=True).get_template(template)
-    write_text(target, page.render(contents))
+    environment = Environment(loader=folder, autoescape=True, finalize=_on_one_line, trim_blocks=True)
+    write_text(target, environment.get_template(template).render(contents))
+
+
+def _on_one_line(value: Any) -> Any:
+    """Text, which may be a stranger's, as `printable` shows it; markup as it is."""
+    return printable(value) if type(value) is str else value

@@ -68,7 +68,7 @@ def demo(source: str, images: str, output: str, limit: int = 2000) -> str:
         "asked": len(pixels),
         "families": [_family(rotations, name, truly.get(name)) for name in rotations],
     }
-    title = printable(rotations.encoder_name or Path(source).name)
+    title = rotations.encoder_name or Path(source).name
     write_template("demo.html", target, {"title": title, "data": data})
     able = ", ".join(map(printable, rotations.steerable)) or "nothing"
     size = target.stat().st_size / 1e6

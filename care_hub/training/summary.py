@@ -6,13 +6,12 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from ..config import ACCELERATE, DataConfig, TrainConfig
+from ..config import ACCELERATE, TrainConfig, data_options
 from ..data.images import Images
 from ..encoder import Encoder
 from ..metrics import FINAL_METRICS, METRICS
@@ -129,20 +128,6 @@ def next_commands(config: TrainConfig, run: Path, train: Images, test: Images | 
             twin = shlex.quote(f"{run}-plain")
             commands += [f"  {care_hub} equivariance {name} {twin} {data} -o compared"]
     return commands
-
-
-def data_options(data: DataConfig) -> str:
-    """The options of a data set as they are typed, but for those with their defaults.
-
-    >>> data_options(TrainConfig("imagefolder", data_root="my images", skip_broken_images=True))
-    "--dataset-name imagefolder --data-root 'my images' --skip-broken-images"
-    """
-    words: list[str] = []
-    for option in fields(DataConfig):
-        value = getattr(data, option.name)
-        if value != option.default:
-            words += ["--" + option.name.replace("_", "-"), *([] if value is True else [str(value)])]
-    return shlex.join(words)
 
 
 def started_by(script: str, environment: Mapping[str, str]) -> tuple[str, str, str]:

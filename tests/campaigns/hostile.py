@@ -1,9 +1,11 @@
 """Hostile values and folders: each ends in a sentence, or changes nothing; none is executed or published.
 
 `python tests/campaigns/hostile.py` tries values, each in a place of an export or a rotation where a value of
-another kind belongs, and folders, each of which is loaded, described, classified with and pushed.
+another kind belongs, words, each in all places where an export has words, which are then shown, and folders,
+each of which is loaded, described, classified with and pushed.
 """
 
+import ast
 import contextlib
 import io
 import itertools
@@ -12,6 +14,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -19,25 +22,32 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # a small Hub speaks plain LFS
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+import yaml
+from click.testing import CliRunner
 from loopback_hub import WRITER, LoopbackHub
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import care_hub
 from care_hub import cli
-from care_hub.errors import CareHubError
+from care_hub.errors import UNPRINTABLE, CareHubError
 from care_hub.factory import push_export
 from care_hub.files import write_tensors
-from care_hub.hub.card import write_card
+from care_hub.hub import registry
+from care_hub.hub.card import BEGIN, END, card_text, write_card
 from care_hub.hub.evaluation_record import add_result, read_record
 from care_hub.hub.export import sha256
 from care_hub.hub.linear_head import LinearHead
+from care_hub.hub.rotation_set import FittedTransformation, RotationSet
+from care_hub.report.page import write_page
 from care_hub.rotation import Rotation
 
 SECONDS, MEGABYTES = 20, 500  # an attempt takes less
@@ -245,6 +255,155 @@ def believe(folder: Path) -> None:
         logging.getLogger("care_hub").removeHandler(handler)
     if not found and "is no record of care_hub" in told.getvalue():
         raise CareHubError(told.getvalue())
+
+
+SCRIPT, CODE = "<script>alert(1)</script>", '"); import os; os.mkdir("executed")  # '
+WORDS = [
+    f"\x1b[31m{SCRIPT}{END}\nFORGED\n```\nFORGED `{SCRIPT}` | {CODE}\u202e \ud800 <img onerror=alert(1)>",
+    "\x1b[31mred",
+    "\x9b31m",
+    "\x1b]0;title\x07",
+    "\u202egnp.exe",
+    "\u2028FORGED",
+    "\ud800",
+    "\0",
+    " ",
+    "_",
+    "$x$",
+    SCRIPT,
+    f"</script>{SCRIPT}",
+    "<img src=x onerror=alert(1)>",
+    "' onload='alert(1)",
+    '" onload="alert(1)',
+    "two\nFORGED",
+    "two\r\n\r\n# FORGED",
+    "```\nFORGED\n```",
+    "~~~\nFORGED",
+    "\n---\nFORGED: 1\n---\n",
+    "- a\n- FORGED",
+    f"`{SCRIPT}`",
+    f"a | b |\n| FORGED | {SCRIPT}",
+    f"{END}\nFORGED",
+    f"{BEGIN}{END}",
+    f"```\n{SCRIPT}",
+    CODE,
+    "[x](javascript:alert(1))",
+    "x](javascript:alert(1))",
+    "{{ 7 * 191 }}",
+    "{% for %}",
+    "%s%(a)s{0}",
+    "a" * 5000,
+]
+
+
+def speak(export: Path, word: str) -> None:
+    """Put `word` wherever an export or a run folder around it has words."""
+    config = json.loads((export / "config.json").read_text())
+    one, utf8 = {word: word}, word.encode(errors="replace").decode()
+    config["care"] |= {"method": word, "dataset": word, "finetuned": word, "versions": one, "invented": one}
+    config["care"] |= {"init": {"name": word, "license": word}, "training": one | {"nested": [one]}}
+    write_json(export / "config.json", config)
+    about = {"class_names": json.dumps([word] * 10), "metrics": json.dumps({"top1": 50.0, "protocol": word})}
+    rewrite(export / HEAD, dict, dataset=utf8, **about)
+    of_word = {word: {"variance": [0.9, 0.8, 1.0]}}
+    measured = {
+        "images": 9,
+        "draws": 2,
+        "families": of_word,
+        "attributes": {word: {word: 1.0}, "b": {word: 1.0}},
+    }
+    results = {"accuracy": {word: {word: {"top1": 50.0}}}, "equivariance": {word: measured}}
+    write_json(export / RECORD, {"encoder": sha256(export / MODEL), "results": results})
+    found = FittedTransformation(utf8, word, "log", 1.0, [2.0], [{}], {}, 50, word, 9, word)
+    turns, moved = {utf8: torch.eye(16)[None]}, {utf8: torch.eye(16)[:, :1]}
+    RotationSet({utf8: found}, turns, encoder_name=utf8, moved=moved).save(export)
+    with contextlib.suppress(OSError, ValueError):  # no name of a file
+        (export / f"{utf8}.png").write_bytes(b"")
+    options = {"dataset_name": word, "dataset_label": word[:9], "data_root": word, "run_name": word}
+    (export.parent / "config.yaml").write_text(yaml.safe_dump(options))
+    (export.parent / "results.json").write_text('{"knn_top1": 50.0}')
+
+
+def shown(export: Path, word: str, hub: LoopbackHub) -> Iterator[tuple[str, str]]:
+    """Each output in which `word` is shown, and its text."""
+    yield "card", card_text(export)
+    yield "card", card_text(export, "lab/tiny")
+    image = export.parent / "image.png"
+    Image.new("RGB", (32, 32)).save(image)
+    entry = registry.Entry(f"x.{word}", folder=export, license=word, metrics={word: 1.0})
+    hub.put(f"lab/{word}", {"README.md": b"---\ntags:\n- care_hub\n---\n"})
+    registry.register_encoder(entry)
+    try:
+        for words in (
+            ["info", export],
+            ["list", "--pretrained"],
+            ["list", "--hub"],
+            ["classify", image, "--encoder", export],
+            ["classify", image, "--encoder", export, "--dataset", word],
+            ["search", export / "absent", "--query", image, "--encoder", word],
+        ):
+            done = CliRunner().invoke(cli.main, list(map(str, words)))
+            if done.exception and not isinstance(done.exception, SystemExit):
+                raise done.exception
+            yield "terminal", done.output.replace("\t", " ")  # columns
+    finally:
+        registry._registered.pop(entry.name)
+    yield "page", write_page([str(export.parent)], str(export.parent / "page.html")).read_text()
+
+
+class Tags(HTMLParser):
+    """What a page has besides text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.found: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found |= {tag, *(f"{tag} {name}" for name, _ in attributes)}
+
+
+def acting(kind: str, text: str) -> set[str]:
+    """Tags and attributes of a page; metadata, HTML, imports, fences and the number of markers in a card."""
+    if kind != "card":
+        return Tags(text).found if kind == "page" else set()
+    metadata, body = text.split("\n---\n", 1)
+    snippets = re.findall(r"^```python\n(.*?)^```$", body, flags=re.M | re.S)
+    code = [at for snippet in snippets for at in ast.walk(ast.parse(snippet))]
+    imports = {ast.unparse(at) for at in code if isinstance(at, ast.Import | ast.ImportFrom)}
+    markers = {f"{body.count(marker)} x {marker}" for marker in (BEGIN, END)}
+    fences = re.findall(r"^\W*(?:```|~~~).*", body, flags=re.M)
+    return imports | markers | {*re.findall(r"<\S+", body), *fences, *yaml.safe_load(metadata)}
+
+
+def escaped(kind: str, text: str, innocent: str) -> str:
+    """What of a hostile word acts in `text`, which is `innocent` with another word; empty if it does not."""
+    if found := UNPRINTABLE.search(text.replace("\n", "")):
+        return f"{found[0]!r} in a {kind}"
+    lines = text.split("\n---\n", 1)[-1]  # those of YAML are folded
+    if line := re.search(r"^\W*FORGED.*", lines, flags=re.M):
+        return f"a line of its own in a {kind}: {line[0]}"
+    return " ".join(acting(kind, text) - acting(kind, innocent))
+
+
+def try_words(root: Path, every: int = 1) -> Iterator[tuple[bool, str, str]]:
+    """As `try_values`: of every so manieth word, which must be shown as text."""
+    sound = make(root / "sound")
+    innocent: list[str] = []
+    for word in ["innocent", *WORDS[::every]]:
+        export = root / "run" / "export"
+        shutil.copytree(sound, export)
+        try:
+            speak(export, word)
+            with LoopbackHub() as hub:
+                os.environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER}
+                outputs = list(shown(export, word, hub))
+            innocent = innocent or [text for _, text in outputs]
+            said = [escaped(*output, plain) for output, plain in zip(outputs, innocent, strict=True)]
+        except BaseException as error:
+            said = [repr(error)]
+        yield not any(said), repr(word), "; ".join(filter(None, said)) or "shown as text"
+        shutil.rmtree(export.parent)
 
 
 FILES = ("config.json", MODEL, PROJECTION, CONTRASTIVE, HEAD, RECORD, "README.md", "neighbors.png")
@@ -505,7 +664,7 @@ def main() -> int:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     survived = tried = 0
     with tempfile.TemporaryDirectory() as place:
-        for kind, attempts in (("value", try_values), ("folder", try_folders)):
+        for kind, attempts in (("value", try_values), ("word", try_words), ("folder", try_folders)):
             root = Path(place) / kind
             root.mkdir()
             for number, (good, title, said) in enumerate(attempts(root), 1):
