@@ -214,7 +214,7 @@ def test_a_hub_that_hangs_or_drips_is_not_waited_for(word, fault, server, export
     (export / "README.md").write_text("new")
     start = time.monotonic()
     with pytest.raises(CareHubError, match=r"reached|try again later"):
-        check_push("lab/tiny", WRITER)
+        check_push("lab/new", WRITER)  # of which only `whoami` can tell
         push_folder(export, "lab/tiny")
         care_hub.load_encoder("lab/tiny", cache_dir=tmp_path / "cache")
     assert time.monotonic() - start < 5

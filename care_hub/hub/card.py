@@ -217,4 +217,4 @@ def _hub_id(dataset: str | None) -> str | None:
     """Where a data set is on the Hub."""
     if dataset in SPECS:
         return SPECS[dataset].hub_id
-    return dataset if dataset and "/" in dataset else None
+    return dataset if dataset and re.fullmatch(r"[\w.-]+/[\w.-]+", dataset, re.ASCII) else None
