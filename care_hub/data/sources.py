@@ -356,6 +356,11 @@ def _make_images(
     import datasets
 
     cells = [part.select_columns([image]).rename_columns({image: "image"}) for part in parts]
+    large = datasets.Value("large_binary")  # which older `datasets` do not take for images
+    cells = [
+        part.cast_column("image", datasets.Value("binary")) if part.features["image"] == large else part
+        for part in cells
+    ]
     rows = datasets.concatenate_datasets(
         [part.cast_column("image", datasets.Image(decode=False)) for part in cells]
     )
