@@ -27,7 +27,7 @@ FILES = [
     "rotations.safetensors",
     "evaluation.json",
 ]
-NESTED = ["*/*", "*\\*"]  # an export has no sub-folders; what a repository has in some is not fetched
+NESTED = ["*/*", "*\\*"]  # what only SentenceTransformer reads, or a stranger has put there, is not fetched
 RETRY_SECONDS = (1, 3)
 ANSWER_SECONDS = 20  # a Hub that has not answered by then hangs
 SLOWEST = 1000  # bytes a second of an answer that takes longer
