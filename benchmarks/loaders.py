@@ -26,7 +26,8 @@ from care_hub.models import SMALL
 
 PAGE = ROOT / "docs" / "works_with.md"
 BEGIN, END = "<!-- loaders: begin -->", "<!-- loaders: end -->"
-MODELS = {"resnet18": 64, "resnet10_w32_small": 32, "resnet18_w16_cifar": 32}  # and their image size
+# And their image size.
+MODELS = {"resnet18": 64, "vit_tiny_patch16_224": 64, "resnet10_w32_small": 32, "resnet18_w16_cifar": 32}
 LOADERS = ("timm", "AutoModel", "pipeline", "SentenceTransformer")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, edited, own_modules, randomized, stored
+from helpers import PHOTO, ROOT, edited, own_modules, randomized, run, snippets, stored
 
 import care_hub
 from care_hub.encoder import Encoder
@@ -39,6 +39,7 @@ SLOW = pytest.mark.slow
         pytest.param("resnet10_w32_small", None, False, marks=SLOW),
         pytest.param("resnet18", torch.float16, True, marks=SLOW),
         pytest.param("resnet18_w16_cifar", torch.float16, True, marks=SLOW),
+        pytest.param("vit_tiny_patch16_224", torch.float16, True, marks=SLOW),
     ],
 )
 def test_four_loaders_agree_on_images_of_native_size_and_on_photographs(
@@ -62,6 +63,27 @@ def test_without_a_head_sentence_transformer_gives_features_of_unit_length(loade
     h = encoder.encode(images, space="backbone")
     np.testing.assert_allclose(found["SentenceTransformer"], h / np.linalg.norm(h), atol=1e-6)
     np.testing.assert_allclose(found["timm"], h, atol=1e-5 * h.max())
+
+
+def test_the_card_of_a_folder_runs_in_all_loaders(loaders, export):
+    names: dict = {}
+    for code in snippets((export / "README.md").read_text())[1:3]:
+        exec(code, names)
+    encoder = care_hub.load_encoder(export)
+    np.testing.assert_allclose(names["z"], encoder.encode(PHOTO), atol=1e-5)
+    h = encoder.encode(PHOTO, space="backbone")
+    np.testing.assert_allclose(np.array(names["features"])[0], h, atol=1e-5 * h.max())
+
+
+@pytest.mark.slow
+def test_the_card_of_a_repository_runs_where_there_is_no_care_hub(loaders, export, server, tmp_path):
+    push_folder(export, "lab/tiny", private=True)
+    code = "\n".join(snippets(stored(server, "lab/tiny")["README.md"].decode())[1:3])
+    code = f"import sys, numpy\nsys.modules['care_hub'] = None\n{code}\nnumpy.save(sys.argv[1], z)"
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    run("python", "-c", code, tmp_path / "z.npy", env=environment)
+    expected = care_hub.load_encoder(export).encode(PHOTO)
+    np.testing.assert_allclose(np.load(tmp_path / "z.npy"), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", [True, False])
