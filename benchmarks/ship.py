@@ -3,7 +3,8 @@
     python benchmarks/ship.py runs/paper/cifar10_small-steering-first-0 \
         resnet10_w32_small.care_cifar10_color --dataset-name cifar10 --data-root CIFAR10
 
-Writes care_hub/pretrained/NAME, without pictures. Every figure of its card, but for those of training, is
+Writes care_hub/pretrained/NAME, without pictures and without what SentenceTransformer reads, which is another
+copy of the head: saving and pushing make it. Every figure of its card, but for those of training, is
 measured on the weights as they are stored there.
 """
 
@@ -16,6 +17,7 @@ from paper_table import run_command
 from result_tables import ROOT
 
 from care_hub.encoder import Encoder
+from care_hub.hub import sentence_transformer
 from care_hub.hub.card import write_card
 from care_hub.hub.registry import SHIPPED
 
@@ -37,6 +39,10 @@ def main(run: str, name: str, dataset_name: str, data_root: str | None) -> None:
     run_command("-m", "care_hub", "equivariance", folder, *data)
     for file in (*folder.glob("*.png"), *folder.glob(".*")):  # pictures of photographs are large
         file.unlink()
+    for name in sentence_transformer.NAMES:
+        (folder / name).unlink()
+    for name in sentence_transformer.DENSE:
+        (folder / name).rmdir()
     write_card(folder, name)
     size = sum(file.stat().st_size for file in folder.iterdir())
     click.echo(f"{folder.name}: {size / 1e6:.2f} MB")

@@ -265,8 +265,9 @@ class Encoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write config.json, model.safetensors (backbone, plain timm) and, for each head that there
-        is, projection.safetensors and contrastive_head.safetensors. Interrupted whenever, it leaves
-        the encoder that was there or this one.
+        is, projection.safetensors and contrastive_head.safetensors; and what SentenceTransformer
+        reads, see `hub.sentence_transformer`. Interrupted whenever, it leaves the encoder that was
+        there or this one.
 
         `dtype` torch.float16 halves the files: kernels and matrices are rounded to it, vectors are
         not. Raises CareHubError for a `dtype` of whole numbers, and where nothing can be written.
@@ -287,6 +288,7 @@ class Encoder(nn.Module):
         files |= {name: stored(head) for name, head in heads.items() if head is not None}
         with export.folder_lock(folder):
             sums = {name: export.write_pending(folder, tensors) for name, tensors in files.items()}
+            export.retract_modules(folder)
             care = replace(self.config, sha256=sums)
             config = timm_config(care, self.backbone) | {"care": care.to_json()}
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -343,7 +345,12 @@ class Encoder(nn.Module):
         _check_size(config, weights, plain)
         encoder = cls(config)
         if not plain or "care" in stored:
-            _check_twin(stored, timm_config(config, encoder.backbone), folder)
+            expected = timm_config(config, encoder.backbone)
+            seen = expected["pretrained_cfg"] | {
+                "crop_pct": config.crop_pct
+            }  # as 0.1 wrote it for small stems
+            same = stored.get("pretrained_cfg") == seen
+            _check_twin(stored, expected | ({"pretrained_cfg": seen} if same else {}), folder)
         export.check_sums(folder, config.sha256)
         own = _stored_state(encoder)
         state = read_tensors(weights, own | (_classifier(encoder, weights) if plain else {}))

@@ -64,8 +64,13 @@ def write_text(path: Path, text: str) -> None:
 
     What UTF-8 can't hold, as in a file name of other encoding, is written as an escape sequence.
     """
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file at once, as `write_text` does."""
     with replacement(path) as new:
-        new.write_text(text, encoding="utf-8", errors="backslashreplace")
+        new.write_bytes(content)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -204,7 +204,7 @@ def feature_width(backbone: Backbone, image_size: int) -> int:
 
 
 def timm_config(config: EncoderConfig, backbone: Backbone) -> dict[str, Any]:
-    """timm's Hub schema: what `timm.create_model("hf-hub:...", pretrained=True)` reads."""
+    """timm's Hub schema: what `timm.create_model("hf-hub:...", pretrained=True)` and transformers read."""
     stem = SMALL.get(config.model)
     base = backbone.pretrained_cfg
     size = config.image_size
@@ -218,10 +218,11 @@ def timm_config(config: EncoderConfig, backbone: Backbone) -> dict[str, Any]:
         "architecture": stem.plain if stem else config.model,
         "num_classes": 0,
         "num_features": backbone.num_features,
+        "dtype": "float32",  # to compute in, for transformers: the file may have float16
         "pretrained_cfg": {
             "input_size": [3, size, size],
             "interpolation": "nearest" if stem else "bicubic",
-            "crop_pct": config.crop_pct,
+            "crop_pct": 1.0 if stem else config.crop_pct,  # a twin takes images that are cropped already
             "mean": list(config.mean),
             "std": list(config.std),
             "first_conv": base["first_conv"],

@@ -21,7 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file, save
 
 from care_hub import cli
+from care_hub.hub.export import module_files
 from care_hub.hub.rotation_set import FittedTransformation
+from care_hub.hub.sentence_transformer import NAMES
 from care_hub.rotation import Rotation
 
 ROOT = Path(__file__).parents[1]
@@ -168,8 +170,15 @@ def snippets(card: str) -> list[str]:
 
 
 def visible(folder: Path) -> dict[str, bytes]:
-    """The files of a folder, but for the hidden lock."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+    """Path -> content of the files of a folder, but for hidden ones."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def own_modules(folder: Path) -> bool:
+    """Whether what SentenceTransformer finds in `folder` is made of the encoder there, to the last byte."""
+    files, expected = visible(folder), module_files(folder)
+    return {name: files[name] for name in NAMES if name in files} == expected
 
 
 def edited(export: Path, change: Callable[[dict], object]) -> dict[str, bytes]:

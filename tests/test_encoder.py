@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import killed_at_each_rename, randomized, visible
+from helpers import killed_at_each_rename, own_modules, randomized, visible
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -19,6 +19,7 @@ from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
 from care_hub.factory import load_encoder
 from care_hub.files import write_tensors
+from care_hub.hub.export import module_files
 
 
 @pytest.fixture(scope="module")
@@ -284,13 +285,15 @@ def test_an_export_that_is_replaced_is_the_old_or_the_new_whenever_that_is_inter
     found = []
     for _ in killed_at_each_rename(lambda: encoders[1].save_pretrained(tmp_path), monkeypatch):
         plain = shutil.copytree(tmp_path, tmp_path / "copy")
+        assert own_modules(plain) or not (plain / "modules.json").exists()
         found.append(load_encoder(plain).fingerprint)
+        assert own_modules(plain)
         assert not list(plain.glob(".pending*"))
         shutil.rmtree(plain)
     assert found == sorted(found, key=[old, new].index) and set(found) == {old, new}
     names = {"config.json", "model.safetensors"}
     names |= {"projection.safetensors", "contrastive_head.safetensors"} if heads[1] else set()
-    assert visible(tmp_path).keys() == names
+    assert visible(tmp_path).keys() == names | module_files(tmp_path).keys()
 
 
 def test_damaged_exports_are_refused(encoder, tmp_path):

@@ -86,8 +86,15 @@ def test_a_card_that_is_written_again_or_pushed_keeps_its_order(server, export):
     assert pushed[0] == pushed[1]
     assert (export / "README.md").read_text() == first
     changes = [line for line in difflib.ndiff(first.splitlines(), pushed[0].splitlines()) if line[0] in "+-"]
-    named = ("- name: ", "# ", "encoder = ", "classifier = ", "model = ")  # only what names the encoder
-    assert len(changes) == 10 and all(line[2:].startswith(named) for line in changes), changes
+    named = (
+        "- name: ",
+        "# ",
+        "encoder = ",
+        "classifier = ",
+        "model = ",
+        "source = ",
+    )  # only what names the encoder
+    assert len(changes) == 12 and all(line[2:].startswith(named) for line in changes), changes
 
 
 def test_rows_do_not_depend_on_the_order_of_measuring(export, tmp_path):

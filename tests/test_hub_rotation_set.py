@@ -219,7 +219,7 @@ def test_card_info_and_push_know_them(rotations, export, server):
     assert "| brightness | 0.5, 1.41421, 2 (a factor) | yes | - | 31 (25 to 37) |" in card
     assert "| flip | 1 (a factor) | no |" in card
     namespace: dict = {}
-    for code in (snippets(card)[0], snippets(card)[2]):
+    for code in (snippets(card)[0], snippets(card)[3]):
         exec(code, namespace)
     assert namespace["z_turned"].shape == namespace["z"].shape
     about = json.loads(care_hub_command("info", export))["rotations"]

@@ -29,7 +29,7 @@ FILES = [
     "rotations.safetensors",
     "evaluation.json",
 ]
-NESTED = ["*/*", "*\\*"]  # an export has no sub-folders; what a repository has in some is not fetched
+NESTED = ["*/*", "*\\*"]  # what only SentenceTransformer reads, or a stranger has put there, is not fetched
 RETRY_SECONDS = (1, 3)  # between attempts at what changes a repository
 CONNECT_SECONDS = 5  # a Hub that can't be connected to by then can't be reached
 ANSWER_SECONDS = 20  # one that has not answered by then hangs

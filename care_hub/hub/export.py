@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from ..config import EncoderConfig, ProjectionConfig
 from ..errors import CareHubError
-from ..files import check_tensors, file_errors, own_file, read_header, replacement, write_tensors
+from ..files import (
+    check_tensors,
+    file_errors,
+    own_file,
+    read_header,
+    read_tensors,
+    replacement,
+    write_bytes,
+    write_tensors,
+)
+from . import sentence_transformer
 
 JSON_BYTES = 1 << 20
 PENDING = ".pending-"  # and its sha256: a file whose place another has as yet
@@ -130,27 +140,77 @@ def settle(folder: Path, sums: dict[str, str]) -> None:
     """Let pending files that config.json names by their `sums` take their places; the others go.
 
     So the one rename that decides is that of config.json: with it the files of the old encoder are in
-    their places, or those of the new one at hand. The caller holds the lock of `folder`.
+    their places, or those of the new one at hand. What SentenceTransformer reads is made of them.
+    The caller holds the lock of `folder`.
     """
     with file_errors(folder):
         for name, checksum in sums.items():
             pending = folder / Path(f"{PENDING}{checksum}").name
             if pending.is_file():
                 os.replace(pending, folder / Path(name).name)
+        write_modules(folder)
         for pending in folder.glob(f"{PENDING}*"):
             pending.unlink()
 
 
+def module_files(folder: Path) -> dict[str, bytes]:
+    """Path in `folder` -> content of what SentenceTransformer reads beside the export there.
+
+    Raises CareHubError where the projection head is not what config.json says.
+    """
+    path = folder / "projection.safetensors"
+    named = read_config(folder)[0].projection
+    if not (named and own_file(path)):  # an encoder has features then, but no embeddings
+        return sentence_transformer.module_files(None)
+    head = read_tensors(path)
+    try:
+        if named == projection_of(head):
+            return sentence_transformer.module_files(head)
+    except (KeyError, RuntimeError):  # another form, or shapes that do not fit each other
+        pass
+    raise CareHubError(f"'{folder / 'config.json'}' and '{path.name}' disagree on the head.")
+
+
+def retract_modules(folder: Path) -> None:
+    """Make `folder` none for SentenceTransformer, until `settle`, which others call after a kill."""
+    with file_errors(folder):
+        (folder / f"{PENDING}modules").touch()
+        (folder / sentence_transformer.MODULES).unlink(missing_ok=True)
+
+
+def write_modules(folder: Path) -> None:
+    """Write `module_files` of `folder` there, modules.json last; what is none of them goes.
+
+    The caller holds the lock of `folder`. Raises CareHubError also for a link in the place of a
+    folder, which might lead anywhere.
+    """
+    files = module_files(folder)
+    for name in sentence_transformer.NAMES:
+        path = folder / name
+        if path.parent.is_symlink() and path.parent != folder:
+            raise CareHubError(f"'{path.parent}' is a link; put a folder there.")
+        with file_errors(path):
+            if name in files:
+                path.parent.mkdir(exist_ok=True)
+                write_bytes(path, files[name])
+            else:
+                path.unlink(missing_ok=True)
+
+
 def copy_export(folder: Path, target: Path) -> None:
-    """Copy the files of an export that `target` does not have; config.json last, which makes it an export."""
+    """Copy the files of an export that `target` does not have; config.json last, which makes it an export.
+
+    What SentenceTransformer reads is made anew.
+    """
     with folder_lock(target):
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
             there = target / path.name
             if path.name.startswith(".") or path.is_dir() or there.exists():
                 continue
-            if own_file(path):
+            if path.name not in sentence_transformer.NAMES and own_file(path):
                 with replacement(there) as new:
                     shutil.copyfile(path, new)
+        write_modules(target)
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:

@@ -9,7 +9,7 @@ from ..errors import CareHubError
 from ..files import own_file
 from .card import README_BYTES, card_text
 from .client import FILES, ask, check_name, make_client
-from .export import export_folder
+from .export import export_folder, module_files
 
 
 def push_folder(
@@ -23,9 +23,10 @@ def push_folder(
 ) -> str:
     """Upload an export folder with a card for `repo_id`; returns the address of commit or pull request.
 
-    The folder stays as it is. What users wrote into the repository's README or into the folder's,
-    outside of the card's markers, is in the new one. Unchanged files are not sent again, so a push
-    that broke off is finished by pushing once more. `private` is for a new repository; `revision`
+    The folder stays as it is; what SentenceTransformer reads is made from it, not taken. What users
+    wrote into the repository's README or into the folder's, outside of the card's markers, is in
+    the new one. Unchanged files are not sent again, so a push that broke off is finished by pushing
+    once more. `private` is for a new repository; `revision`
     is a branch, created if need be. Raises CareHubError.
     """
     folder = export_folder(folder)
@@ -36,7 +37,7 @@ def push_folder(
         ask(lambda: client.create_branch(repo_id, branch=revision, exist_ok=True), repo_id, token, revision)
     branch = None if create_pr else revision
     before = ask(lambda: _readme(client, repo_id, branch), repo_id, token, branch)
-    card = card_text(folder, repo_id, before)
+    card, modules = card_text(folder, repo_id, before), module_files(folder)
 
     def commit() -> CommitInfo:
         # Made anew for each attempt, since the client marks what it has sent.
@@ -44,6 +45,7 @@ def push_folder(
         for path in sorted(folder.iterdir()):
             if any(fnmatch(path.name, pattern) for pattern in [*FILES, "*.png"]) and own_file(path):
                 files.append(CommitOperationAdd(path.name, path))
+        files += [CommitOperationAdd(name, content) for name, content in modules.items()]
         message = commit_message or "Upload a CARE encoder with care_hub"
         return client.create_commit(
             repo_id, files, commit_message=message, revision=revision, create_pr=create_pr
