@@ -558,7 +558,6 @@ def info(source: str, revision: str | None) -> None:
 @click.argument("encoder")
 @click.option(
     "--data-root",
-    "data_roots",
     metavar="[NAME=]FOLDER",
     multiple=True,
     help="a copy of a data set of the card, by its own name or the card's; repeatable",

@@ -201,10 +201,10 @@ def _title_and_unit(key: str) -> tuple[str, str]:
     return metric.title + ", deviation" * key.endswith("_std"), metric.unit
 
 
-def verify(source: str, data_roots: Sequence[str] = (), download: bool = False) -> Verification | None:
+def verify(source: str, data_root: Sequence[str] = (), download: bool = False) -> Verification | None:
     """`care-hub verify`: measure anew, as it was, every figure that the card of the encoder `source` states.
 
-    `data_roots`: copies of data sets, FOLDER or NAME=FOLDER with the card's name of the data set;
+    `data_root`: copies of data sets, FOLDER or NAME=FOLDER with the card's name of the data set;
     `download`: fetch from the Hub what there is no copy of. Nothing is written. Figures in percent
     may be off by 0.1 percentage points, others by 1 %. None but on the main process. Raises
     CareHubError for an encoder or a copy that can't be read.
@@ -216,7 +216,7 @@ def verify(source: str, data_roots: Sequence[str] = (), download: bool = False) 
     checks += [_equivariance_check(*entry) for entry in record.get("equivariance", {}).items()]
     checks += _rotation_checks(rotations) if rotations else []
     options, names = stated_data(encoder.config, heads, record, rotations), {c.dataset for c in checks}
-    roots = _roots(data_roots, sorted(names))
+    roots = _roots(data_root, sorted(names))
     training = [key for key in encoder.config.results if key not in FINAL_KEYS]
     found = Verification(stale=stale_rows(folder), training=training)
     for name in filter(names.__contains__, options):
@@ -248,10 +248,10 @@ def _roots(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
         if name not in names and len(others) != 1:
             known = ", ".join(names) or "there is none"
             raise CareHubError(
-                f"`data_roots` '{text}' is of no data set of the card ({known}); give NAME=FOLDER."
+                f"`data_root` '{text}' is of no data set of the card ({known}); give NAME=FOLDER."
             )
         if not os.path.isdir(root):
-            raise CareHubError(f"`data_roots` '{root}' is not a folder.")
+            raise CareHubError(f"`data_root` '{root}' is not a folder.")
         roots[name if name in names else others[0]] = root
     return roots
 
@@ -282,10 +282,11 @@ def _final_checks(encoder: Encoder) -> Iterator[Check]:
     config = encoder.config
     stated = {key: value for key, value in config.results.items() if key in FINAL_KEYS}
     if config.dataset and stated:
-        yield Check(config.dataset, "final", stated, FINAL_METRICS, _measure_final, ROUNDING)
+        yield Check(config.dataset, "final", stated, FINAL_METRICS, measure_final, ROUNDING)
 
 
-def _measure_final(site: Site) -> dict[str, Any]:
+def measure_final(site: Site) -> dict[str, Any]:
+    """The figures that training gives of its end, of the weights as they are stored."""
     config, data = site.encoder.config, dataclasses.asdict(site.data)
     taken = {"seed": config.seed} | {k: config.training[k] for k in ("knn_bank",) if k in config.training}
     options = TrainConfig(**data, **{k: v for k, v in taken.items() if v is not None})

@@ -157,9 +157,9 @@ def _rows(dataset: str, label: str, metrics: dict[str, Any]) -> list[Row]:
 
 
 def stale_rows(folder: Path) -> list[str]:
-    """Rows of the card in `folder` that have other numbers than the files beside it would give them.
+    """Rows of the card in `folder` with a number that the files beside it do not give to that row.
 
-    Rows of its tables, as far as care_hub wrote them, and of the results that it lists for the Hub.
+    Rows of tables, as far as care_hub wrote them, and of the results that are listed for the Hub.
     Raises CareHubError for files that can't be read.
     """
     text = _read_card(folder / "README.md")
@@ -167,21 +167,22 @@ def stale_rows(folder: Path) -> list[str]:
         return []
     data, body = _written(folder, None)
     known = _numbered(data.to_dict(), body)
-    return [row for key, row in _numbered(_split(text)[0], ours[0]).items() if key not in known]
+    return [
+        row
+        for words, numbers, row in _numbered(_split(text)[0], ours[0])
+        if not any(words == other and numbers <= theirs for other, theirs, _ in known)
+    ]
 
 
-def _numbered(values: dict[str, Any], body: str) -> dict[tuple, str]:
-    """Rows with numbers of a card, by what counts of them: these, and the words of the first two cells."""
+def _numbered(values: dict[str, Any], body: str) -> list[tuple[list[str], set[float], str]]:
+    """The rows of a card's tables and metadata: the words of the first two cells, all numbers, the row."""
     lines = [line for line in body.splitlines() if line.startswith("|")]
     for result in (result for entry in values.get("model-index", []) for result in entry["results"]):
         about = f"| {result['dataset']['name']} | {{name}} | {{value}} |"
         lines += [about.format(**metric) for metric in result["metrics"]]
-    found = {}
-    for line in lines:
-        words = tuple(NUMBER.sub("", cell).strip() for cell in line.split("|")[1:3])
-        if numbers := tuple(float(text.replace(",", "")) for text in NUMBER.findall(line)):
-            found[words, numbers] = line
-    return found
+    words = [[NUMBER.sub("", cell).strip() for cell in line.split("|")[1:3]] for line in lines]
+    numbers = [{float(text.replace(",", "")) for text in NUMBER.findall(line)} for line in lines]
+    return list(zip(words, numbers, lines, strict=True))
 
 
 def _written(folder: Path, name: str | None) -> tuple[ModelCardData, str]:
