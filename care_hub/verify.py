@@ -308,10 +308,12 @@ def _measure_accuracy(
     if label == "kNN" and {"k", "temperature"} <= stated.keys():
         votes: tuple = stated["k"], stated["temperature"], stated.get("n_train")
         return knn_results(site.encoder, *site.labeled, site.accelerator, *votes)
-    if stated.get("protocol") == "finetune":
-        if head is None or "seeds" in stated:
-            raise Unmeasurable("fine-tuning began with other weights")
-        return stated | _measure_head(head, site)
+    tuned = stated.get("protocol") == "finetune"
+    one = tuned and "seeds" not in stated and head is not None and head.metrics.get("protocol") == "finetune"
+    if head is not None and (one or head.metrics == stated):
+        return _measure_head(head, site)  # trained again it would be another one, by rounding
+    if tuned:
+        raise Unmeasurable("fine-tuning began with other weights")
     settings = {name: stated[name] for name in ("protocol", *SETTINGS) if name in stated}
     config = EvalConfig(**dataclasses.asdict(site.data), encoder="the one at hand", **settings)
     if "protocol" not in stated or config.protocol_name != label:
