@@ -4,10 +4,12 @@
         resnet10_w32_small.care_cifar10_color --dataset-name cifar10 --data-root CIFAR10
 
 Writes care_hub/pretrained/NAME, without pictures and without what SentenceTransformer reads, which is another
-copy of the head: saving and pushing make it. Every figure of its card, but for those of training, is
-measured on the weights as they are stored there.
+copy of the head: saving and pushing make it. Every figure of its card is measured on the weights as they are
+stored there, as `care-hub verify NAME` does again. With NAME for the run, too, its weights stay as they are,
+and only the figures of the end of training are measured.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,10 +18,14 @@ import torch
 from paper_table import run_command
 from result_tables import ROOT
 
+from care_hub.config import DataConfig
+from care_hub.distributed import inference_accelerator
 from care_hub.encoder import Encoder
+from care_hub.files import write_text
 from care_hub.hub import sentence_transformer
 from care_hub.hub.card import write_card
 from care_hub.hub.registry import SHIPPED
+from care_hub.verify import FINAL_KEYS, Site, measure_final
 
 
 @click.command()
@@ -28,24 +34,42 @@ from care_hub.hub.registry import SHIPPED
 @click.option("--dataset-name", required=True)
 @click.option("--data-root")
 def main(run: str, name: str, dataset_name: str, data_root: str | None) -> None:
-    folder, encoder = SHIPPED / name, Encoder.from_pretrained(run)
-    shutil.rmtree(folder, ignore_errors=True)
-    encoder.set_contrastive_head(False)
-    encoder.save_pretrained(folder, torch.float16)
-    data = ["--dataset-name", dataset_name]
-    data += ["--data-root", str(Path(data_root).absolute())] if data_root else []
-    run_command(ROOT / "eval_linear.py", "--encoder", folder, *data)
-    run_command("-m", "care_hub", "knn", folder, *data)
-    run_command("-m", "care_hub", "equivariance", folder, *data)
-    for file in (*folder.glob("*.png"), *folder.glob(".*")):  # pictures of photographs are large
-        file.unlink()
-    for name in sentence_transformer.NAMES:
-        (folder / name).unlink()
-    for name in sentence_transformer.DENSE:
-        (folder / name).rmdir()
+    folder = SHIPPED / name
+    if run != name:
+        store(run, folder)
+    record_final(folder, DataConfig(dataset_name, data_root))
+    if run != name:
+        data = ["--dataset-name", dataset_name]
+        data += ["--data-root", str(Path(data_root).absolute())] if data_root else []
+        run_command(ROOT / "eval_linear.py", "--encoder", folder, *data)
+        run_command("-m", "care_hub", "knn", folder, *data)
+        run_command("-m", "care_hub", "equivariance", folder, *data)
+        for file in (*folder.glob("*.png"), *folder.glob(".*")):  # pictures of photographs are large
+            file.unlink()
+        for part in sentence_transformer.NAMES:
+            (folder / part).unlink()
+        for part in sentence_transformer.DENSE:
+            (folder / part).rmdir()
     write_card(folder, name)
     size = sum(file.stat().st_size for file in folder.iterdir())
     click.echo(f"{folder.name}: {size / 1e6:.2f} MB")
+
+
+def store(run: str, folder: Path) -> None:
+    encoder = Encoder.from_pretrained(run)
+    shutil.rmtree(folder, ignore_errors=True)
+    encoder.set_contrastive_head(False)
+    encoder.save_pretrained(folder, torch.float16)
+
+
+def record_final(folder: Path, data: DataConfig) -> None:
+    """Measure the figures of the end of training on the weights in `folder`; those of training stay."""
+    found = measure_final(Site(Encoder.from_folder(folder), inference_accelerator(), data))
+    path = folder / "config.json"
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    training = {k: v for k, v in whole["care"]["results"].items() if k not in FINAL_KEYS}
+    whole["care"]["results"] = found | training
+    write_text(path, json.dumps(whole, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -451,6 +451,15 @@ class EvalConfig(DataConfig):
             raise CareHubError("fine-tuning makes another encoder; say by `output_dir` where to save it.")
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What repeats the evaluation on the same images: the protocol, and what is not its default."""
+        names = {"sgd": ("optimizer", "epochs", "lr", "augmented_copies"), "finetune": ("epochs", "lr")}
+        given = {name: getattr(self, name) for name in (*names.get(self.protocol, ()), "label_fraction")}
+        defaults = EvalConfig.__dataclass_fields__
+        changed = {name: value for name, value in given.items() if value != defaults[name].default}
+        return {"protocol": self.protocol} | changed
+
+    @property
     def protocol_name(self) -> str:
         """The protocol as it is called in text."""
         names = {"lbfgs": "linear probe", "sgd": f"linear probe ({self.optimizer})", "finetune": "fine-tuned"}

@@ -17,7 +17,7 @@ import torch
 from .encoder import Encoder
 from .errors import CareHubError
 from .hub.client import find_repositories
-from .hub.export import export_folder, plain_config
+from .hub.export import plain_config
 from .hub.linear_head import LinearHead, find_head
 from .hub.push import push_folder
 from .hub.registry import entries, find_entry, locate
@@ -161,11 +161,12 @@ def list_models(
     return timm.list_models(filter)
 
 
-def push_export(folder: str | Path, repo_id: str, **options: Any) -> str:
-    """Upload an export folder, or a run's, with its model card; returns the address of the commit.
+def push_export(source: str | Path, repo_id: str, **options: Any) -> str:
+    """Upload an encoder with its model card; returns the address of the commit.
 
-    What can't be loaded is not published. `options`: as those of `hub.push.push_folder`.
+    `source`: an export folder, a run folder, or a registry name. What can't be loaded is not
+    published. `options`: as those of `hub.push.push_folder`.
     """
-    folder = export_folder(folder)
+    folder = locate(source)
     Encoder.from_folder(folder)
     return push_folder(folder, repo_id, **options)

@@ -113,6 +113,8 @@ def run_words(words: list[str], namespace: dict) -> None:
         command(cli.train, *options, *shortened(options))
     elif program == "eval_linear.py" and "cifar10" in options:  # of a run that takes hours
         cli.eval_linear.make_context(program, options)
+    elif options[:1] == ["verify"]:  # here there are fewer images than those that its figures are of
+        assert "test images, of which there are" in command(cli.main, *options, ok=False)
     elif program in PROGRAMS:
         command(PROGRAMS[program], *options, *fewer_images(options))
     else:

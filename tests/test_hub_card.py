@@ -93,6 +93,7 @@ def test_a_card_that_is_written_again_or_pushed_keeps_its_order(server, export):
         "classifier = ",
         "model = ",
         "source = ",
+        "`care-hub verify ",
     )  # only what names the encoder
     assert len(changes) == 12 and all(line[2:].startswith(named) for line in changes), changes
 
@@ -101,7 +102,7 @@ def test_rows_do_not_depend_on_the_order_of_measuring(export, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(export, other)
     results = [
-        ("shapes", {"linear probe": {"top1": 62.0, "top5": 98.0, "n_train": 5000}}),
+        ("shapes", {"linear probe": {"top1": 62.0, "top5": 98.0, "n_train": 5000, "n_test": 2000}}),
         ("shapes", {"kNN": {"top1": 51.0}}),
         ("cifar10", {"linear probe": {"top1": 40.0}}),
         ("shapes", {"fine-tuned": {"top1": 70.0, "top1_std": 0.5, "seeds": 3}}),
@@ -116,7 +117,7 @@ def test_rows_do_not_depend_on_the_order_of_measuring(export, tmp_path):
         "| shapes | kNN top-1 (backbone) | 51.00 |  |",
         "| shapes | kNN, color top-1 (backbone) | 40.00 |  |",
         "| shapes | fine-tuned top-1 | 70.00 | ± 0.50 over 3 seeds |",
-        "| shapes | linear probe top-1 (backbone) | 62.00 | 5,000 training images |",
+        "| shapes | linear probe top-1 (backbone) | 62.00 | 5,000 training images, 2,000 test images |",
         "| shapes | linear probe top-5 (backbone) | 98.00 |  |",
         "| apples | kNN top-1 (backbone) | 20.00 |  |",
         "| cifar10 | linear probe top-1 (backbone) | 40.00 |  |",
@@ -131,6 +132,15 @@ def test_the_card_ends_with_what_was_measured_and_its_data_sets_keep_their_order
     titles = re.findall(r"^## (.*)", text, flags=re.M)
     assert titles.index("Citation") < titles.index("Results") and titles[-2:] == ["Results", "Equivariance"]
     assert re.findall(r"By augmentation on `(\w+)`", text) == ["shapes", "apples", "zebras"]
+
+
+def test_a_card_says_where_its_data_can_be_had(export):
+    for dataset, more in (("cifar10", {}), ("apples", {}), ("mine", {"data": {"dataset_name": "ann/pets"}})):
+        add_result(export, "accuracy", dataset, {"kNN": {"top1": 20.0} | more})
+    text = write_card(export).read_text()
+    assert "- `shapes` is made by care_hub itself.\n- `cifar10` is `uoft-cs/cifar10` on the Hub.\n" in text
+    assert "- `apples` is not known to be public: figures on it can't be verified elsewhere.\n" in text
+    assert "- `mine` is `ann/pets` on the Hub.\n" in text and f"`care-hub verify {export}`" in text
 
 
 def test_accuracies_of_a_head_and_of_the_end_of_training_stand_where_nothing_newer_is_recorded():

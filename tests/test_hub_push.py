@@ -5,7 +5,19 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import IMAGES, PHOTO, TINY, metrics, refusal, run, snippets, stored, train_here, visible
+from helpers import (
+    IMAGES,
+    PHOTO,
+    TINY,
+    care_hub_command,
+    metrics,
+    refusal,
+    run,
+    snippets,
+    stored,
+    train_here,
+    visible,
+)
 from loopback_hub import READER, WRITER
 
 import care_hub
@@ -13,6 +25,7 @@ from care_hub import cli
 from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
 from care_hub.hub.push import push_folder
+from care_hub.hub.registry import SHIPPED
 
 pytestmark = pytest.mark.launches
 
@@ -62,6 +75,19 @@ def test_a_push_leaves_the_folder_as_it_is(server, export):
         card = stored(server, name)["README.md"].decode()
         assert f'load_encoder("{name}")' in card and str(export) not in card
         assert set(stored(server, name)) == set(before) - {"notes.txt"}
+
+
+def test_an_encoder_of_the_package_is_published_by_its_name(server):
+    name = "resnet10_w16_small.care_shapes"
+    before = visible(SHIPPED / name)
+    assert "/lab/shapes/commit/" in care_hub_command("push", name, "lab/shapes")
+    content, own = stored(server, "lab/shapes"), before.keys() - {"README.md"}
+    assert {file: content[file] for file in own} == {file: before[file] for file in own}
+    card = content["README.md"].decode()
+    assert 'load_encoder("lab/shapes")' in card and "- `shapes` is made by care_hub itself." in card
+    assert visible(SHIPPED / name) == before
+    said = care_hub_command("push", "resnet10_w16_smal.care_shapes", "lab/shapes", ok=False)
+    assert f"did you mean '{name}'?" in said
 
 
 def test_revisions_private_repositories_and_pull_requests(server, export, tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ Small ones are decoded once, into memory; large ones are streamed through loader
 import glob
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -79,6 +79,38 @@ def dataset_spec(name: str) -> DatasetSpec:
         return DatasetSpec(name)
     known = f"{', '.join(SPECS)} or a Hub id like org/name"
     raise CareHubError(f"there is no data set '{name}'{suggest(name, SPECS)}; choose from {known}.")
+
+
+def recorded_options(data: DataConfig) -> dict[str, Any]:
+    """`{"data": ...}` with what `data_of` takes beside the label to read the same images; often nothing.
+
+    >>> recorded_options(DataConfig("cifar10")), recorded_options(DataConfig("a/pets", label_column="kind"))
+    ({}, {'data': {'label_column': 'kind'}})
+    """
+    published = [f for f in fields(DataConfig) if f.metadata["published"]]
+    found = {f.name: value for f in published if (value := getattr(data, f.name)) != f.default}
+    if found["dataset_name"] == _name_of(data.data_label):
+        del found["dataset_name"]
+    return {"data": found} if found else {}
+
+
+def data_of(label: str, options: Mapping[str, Any], root: str | None = None) -> DataConfig:
+    """The data set that heads, records and cards call `label`; `root`: where a copy of it is.
+
+    `options`: the "data" of `recorded_options`, maybe a stranger's. Raises CareHubError for those that
+    can't be.
+
+    >>> data_of("birds", {}).dataset_name, data_of("cifar10", {"label_column": "fine"}).label_column
+    ('imagefolder', 'fine')
+    """
+    known = {f.name for f in fields(DataConfig) if f.metadata["published"]}
+    given = {"dataset_name": _name_of(label)} | {k: v for k, v in options.items() if k in known}
+    return DataConfig(**given, data_root=root, dataset_label=label)
+
+
+def _name_of(label: str) -> str:
+    """The name of the data set called `label`, where nothing else is recorded."""
+    return label if label in SPECS or "/" in label else "imagefolder"
 
 
 def load_split(data: DataConfig, split: str, size: int | None = None, progress: bool = True) -> Images | None:

@@ -4,16 +4,17 @@ import json
 import logging
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from accelerate import Accelerator
 
-from ..config import DataConfig, EvalConfig
-from ..data.images import Images
-from ..data.sources import load_splits
+from ..augment import AugmentationConfig
+from ..config import DataConfig, EvalConfig, plain_values
+from ..data.images import Images, InMemoryImages
+from ..data.sources import load_splits, recorded_options
 from ..distributed import inference_accelerator
 from ..encoder import Encoder
 from ..errors import CareHubError
@@ -29,7 +30,14 @@ from ..metrics import effective_rank, knn_top1
 from ..report.figures import plot_geometry, plot_neighbors
 from .attributes import probe_attributes
 from .equivariance import measure_equivariance
-from .features import embed_all, embed_view, labeled, random_subset, recorded_augmentation
+from .features import (
+    LabeledImages,
+    embed_all,
+    embed_view,
+    labeled,
+    random_subset,
+    recorded_augmentation,
+)
 from .finetune import finetune
 from .linear import linear_probe
 
@@ -144,19 +152,32 @@ def evaluate_knn(
     """
     accelerator = inference_accelerator()
     encoder = Encoder.from_folder(locate(source)).to(accelerator.device)
-    train, test = labeled(data.dataset_name, *open_splits(encoder, data, accelerator))
+    splits = labeled(data.dataset_name, *open_splits(encoder, data, accelerator))
+    results = knn_results(encoder, *splits, accelerator, k, temperature, bank) | recorded_options(data)
+    if not accelerator.is_main_process:
+        return {}
+    if folder := _own_folder(source):
+        record(folder, "accuracy", data.data_label, {"kNN": results})
+    return {"encoder": source, "dataset": data.data_label} | results
+
+
+def knn_results(
+    encoder: Encoder,
+    train: LabeledImages,
+    test: LabeledImages,
+    accelerator: Accelerator,
+    k: int,
+    temperature: float,
+    bank: int | None,
+) -> dict[str, Any]:
+    """What is recorded of weighted kNN, in which `bank` of the training images vote, or all."""
     if bank is not None and bank < len(train):
         train = train.take(random_subset(len(train), bank))
     titled = {"training images": train, "test images": test}.items()
     x, queries = (embed_all(encoder, s.images, accelerator, "backbone", title=title) for title, s in titled)
-    if not accelerator.is_main_process:
-        return {}
     top1 = knn_top1(x, train.labels.to(x.device), queries, test.labels.to(x.device), k, temperature)
     results = {"top1": round(top1, 2), "k": k, "temperature": temperature}
-    results |= {"n_train": len(train), "n_test": len(test)}
-    if folder := _own_folder(source):
-        record(folder, "accuracy", data.data_label, {"kNN": results})
-    return {"encoder": source, "dataset": data.data_label} | results
+    return results | {"n_train": len(train), "n_test": len(test)}
 
 
 def evaluate_equivariance(
@@ -184,25 +205,17 @@ def evaluate_equivariance(
     if not names:
         raise CareHubError("there is no encoder to measure; name at least one.")
     first, dataset = encoders[names[0]], data.data_label
-    train, test = open_splits(first, data, accelerator)
-    train = train.take(random_subset(len(train), PROBE_IMAGES))
-    test = test.take(random_subset(len(test), images))
+    splits = open_splits(first, data, accelerator)
+    train, test = equivariance_subsets(*splits, images)
     if len(test) < 4:
         raise CareHubError(f"'{dataset}' has {len(test)} test images, too few to fit and measure rotations.")
-    config, progress = recorded_augmentation(first.config), sys.stderr.isatty()
+    recipe = recorded_augmentation(first.config)
     results = {}
     for name, encoder in encoders.items():
-        space = "backbone" if encoder.projection is None else "projection"
-        found = {
-            "space": space,
-            "images": len(test),
-            "draws": draws,
-            "seed": seed,
-            "families": measure_equivariance(encoder, test.pixels, config, draws, seed, progress=progress),
-            "effective_rank": effective_rank(embed_view(encoder, test.pixels, space=space)),
-            "attributes": probe_attributes(encoder, train, test, seed),
-        }
-        results[name] = rounded(found)
+        results[name] = equivariance_results(encoder, train, test, recipe, draws, seed)
+        results[name] |= {"n_test": len(splits[1])} | recorded_options(data)
+        if recipe != recorded_augmentation(encoder.config):
+            results[name]["recipe"] = plain_values(asdict(recipe))
         if folder := _own_folder(name):
             plot_geometry({name: results[name]}, folder / f"equivariance.{dataset.replace('/', '--')}.png")
             record(folder, "equivariance", dataset, results[name])
@@ -212,6 +225,35 @@ def evaluate_equivariance(
         plot_geometry(results, target / "equivariance.png")
         plot_neighbors(encoders, test, target / "neighbors.png")
     return results
+
+
+def equivariance_subsets(train: Images, test: Images, images: int) -> tuple[InMemoryImages, InMemoryImages]:
+    """The training images of the attribute probes, and so many test images."""
+    subsets = ((train, PROBE_IMAGES), (test, images))
+    probes, measured = (split.take(random_subset(len(split), count)) for split, count in subsets)
+    return probes, measured
+
+
+def equivariance_results(
+    encoder: Encoder,
+    train: InMemoryImages,
+    test: InMemoryImages,
+    recipe: AugmentationConfig,
+    draws: int,
+    seed: int,
+) -> dict[str, Any]:
+    """What is recorded of families of augmentations ("full recipe" is `recipe`) and attribute probes."""
+    space, progress = "backbone" if encoder.projection is None else "projection", sys.stderr.isatty()
+    found = {
+        "space": space,
+        "images": len(test),
+        "draws": draws,
+        "seed": seed,
+        "families": measure_equivariance(encoder, test.pixels, recipe, draws, seed, progress=progress),
+        "effective_rank": effective_rank(embed_view(encoder, test.pixels, space=space)),
+        "attributes": probe_attributes(encoder, train, test, seed),
+    }
+    return rounded(found)
 
 
 def _check_comparable(encoders: dict[str, Encoder]) -> None:

@@ -1,6 +1,8 @@
 """Labeled splits and parts of data sets; embeddings of whole data sets and of augmented views."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,19 @@ Augmentation = Callable[[Tensor], Tensor]  # (N, 3, S, S) floats in [0, 1] -> th
 CHUNK = 500  # images that are embedded at once
 
 
+_remembered: ContextVar[dict | None] = ContextVar("remembered", default=None)
+
+
+@contextmanager
+def remember_features() -> Iterator[None]:
+    """For `with`: `embed_all` embeds each split once, however many evaluations ask for it."""
+    token = _remembered.set({})
+    try:
+        yield
+    finally:
+        _remembered.reset(token)
+
+
 def embed_all(
     encoder: Encoder,
     images: Images,
@@ -33,18 +48,24 @@ def embed_all(
     `view`: (uint8 images, their indices) -> what the encoder sees; by default the central square.
     `title`: of a progress bar, which there is on terminals, and only if it has one.
     """
+    known, key = _remembered.get(), (id(encoder), id(images), space)
+    if known is not None and view is None and key in known:
+        return known[key][-1]
     processes, rank = accelerator.num_processes, accelerator.process_index
     share = -(-len(images) // processes)
     own = torch.arange(rank * share, (rank + 1) * share).clamp(max=len(images) - 1)
-    parts, encoder = [], encoder.evaluating()
+    parts, model = [], encoder.evaluating()
     indices = own.split(batch)
     hidden = not title or rank > 0 or None  # None: only on a terminal
     with tqdm(total=len(own), desc=title, unit="image", leave=False, disable=hidden) as bar:
         for index, x in zip(indices, images.batches(indices), strict=True):
             seen = view(x, index) if view else center_crop(x, encoder.config.image_size)
-            parts.append(encoder.embed(seen, space))
+            parts.append(model.embed(seen, space))
             bar.update(len(index))
-    return accelerator.gather(torch.cat(parts))[: len(images)]
+    found = accelerator.gather(torch.cat(parts))[: len(images)]
+    if known is not None and view is None:
+        known[key] = encoder, images, found  # kept, so that nothing else gets their ids
+    return found
 
 
 def embed_view(encoder: Encoder, images: Tensor, *steps: Augmentation, space: str = "projection") -> Tensor:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .. import augment
 from ..config import ACCELERATE, EvalConfig
+from ..data.sources import recorded_options
 from ..distributed import global_batch_norm
 from ..encoder import Encoder
 from ..errors import CareHubError
@@ -57,8 +58,8 @@ def finetune(
         tuned.projection = None  # it belonged to the features as they were
         _train(tuned, head, train, subset, accelerator, config, seed)
         logits = head(embed_all(tuned, test.images, accelerator, "backbone"))
-        metrics = {"protocol": "finetune", "seed": seed, **top_accuracies(logits, test.labels)}
-        metrics |= {"n_train": len(subset), "n_test": len(test)}
+        metrics = config.settings | {"seed": seed} | top_accuracies(logits, test.labels)
+        metrics |= {"n_train": len(subset), "n_test": len(test)} | recorded_options(config)
         metrics["head_seconds"] = round(time.perf_counter() - began, 1)
         weight, bias = head.weight.data.cpu(), head.bias.data.cpu()
         heads.append(LinearHead(config.data_label, weight, bias, names, metrics))

@@ -13,6 +13,7 @@ from .. import augment
 from ..augment import permutation, seeded_generator
 from ..config import EvalConfig
 from ..data.images import Images
+from ..data.sources import recorded_options
 from ..encoder import Encoder
 from ..errors import CareHubError
 from ..hub.linear_head import LinearHead
@@ -169,13 +170,14 @@ def linear_probe(
     heads = []
     for seed, subset in zip(seeds, subsets, strict=True):
         began, index = time.perf_counter(), subset.to(copies.device)
-        metrics = {"protocol": config.protocol, "seed": seed}
+        metrics = config.settings | {"seed": seed}
         if config.protocol == "lbfgs":
             weight, bias, metrics["penalty"] = fit_best(copies[0, index], y[index], classes, seed, hidden)
         else:
             weight, bias = fit_sgd(copies[:, index], y[index], classes, config, seed, hidden)
         metrics |= top_accuracies(x_test @ weight.T + bias, test.labels)
-        metrics |= {"n_train": len(subset), "n_test": len(test), "features_seconds": features_seconds}
+        metrics |= {"n_train": len(subset), "n_test": len(test)} | recorded_options(config)
+        metrics["features_seconds"] = features_seconds
         metrics["head_seconds"] = round(time.perf_counter() - began, 2)
         heads.append(LinearHead(config.data_label, weight.cpu(), bias.cpu(), train.class_names, metrics))
     return heads

@@ -9,6 +9,7 @@ from ..config import TrainConfig
 from ..data.images import Images
 from ..encoder import Encoder
 from ..metrics import knn_top1
+from .commands import rounded
 from .equivariance import augmentations, measure_equivariance, rotation_errors
 from .features import embed_all, embed_view, random_subset
 
@@ -85,4 +86,4 @@ def final_results(
         for name in ("motion", "same_image_hit_at_1"):
             results[f"color_{name}"] = families["color"][name][0]
     accelerator.wait_for_everyone()
-    return {k: round(v, 4) for k, v in results.items() if v is not None and v == v}, families
+    return rounded({k: v for k, v in results.items() if v is not None and v == v}), families

@@ -22,10 +22,11 @@ from .evaluation_record import Record, read_record
 from .export import folder_lock, read_config
 from .linear_head import LinearHead, read_heads
 from .markdown import render
-from .rotation_set import read_rotations
+from .rotation_set import RotationSet, read_rotations
 
 BEGIN, END = "<!-- written by care_hub: begin -->", "<!-- written by care_hub: end -->"
 README_BYTES = 1 << 20
+NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:e[-+]\d+)?")
 OURS = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
 TAGS = ["care_hub", "timm", "equivariance", "self-supervised-learning", "contrastive-learning"]
 LICENSES = ("mit", "apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0")  # the Hub refuses unknown ones
@@ -148,8 +149,9 @@ def _rows(dataset: str, label: str, metrics: dict[str, Any]) -> list[Row]:
     notes = []
     if "top1_std" in metrics and "seeds" in metrics:
         notes.append(f"± {metrics['top1_std']:.2f} over {metrics['seeds']} seeds")
-    if "n_train" in metrics:
-        notes.append(f"{metrics['n_train']:,} training images")
+    for key, name in (("n_train", "training"), ("n_test", "test")):
+        if key in metrics:
+            notes.append(f"{metrics[key]:,} {name} images")
     return [
         Row(dataset, f"{label} {METRICS[key].title}{space}", metrics[key], note)
         for key, note in (("top1", ", ".join(notes)), ("top5", ""))
@@ -157,11 +159,40 @@ def _rows(dataset: str, label: str, metrics: dict[str, Any]) -> list[Row]:
     ]
 
 
+def stale_rows(folder: Path) -> list[str]:
+    """Rows of the card in `folder` with a number that the files beside it do not give to that row.
+
+    Rows of tables, as far as care_hub wrote them, and of the results that are listed for the Hub.
+    Raises CareHubError for files that can't be read.
+    """
+    text = _read_card(folder / "README.md")
+    if text is None or (ours := OURS.search(text)) is None:
+        return []
+    data, body = _written(folder, None)
+    known = _numbered(data.to_dict(), body)
+    return [
+        row
+        for words, numbers, row in _numbered(_split(text)[0], ours[0])
+        if not any(words == other and numbers <= theirs for other, theirs, _ in known)
+    ]
+
+
+def _numbered(values: dict[str, Any], body: str) -> list[tuple[list[str], set[float], str]]:
+    """The rows of a card's tables and metadata: the words of the first two cells, all numbers, the row."""
+    lines = [line for line in body.splitlines() if line.startswith("|")]
+    for result in (result for entry in values.get("model-index", []) for result in entry["results"]):
+        about = f"| {result['dataset']['name']} | {{name}} | {{value}} |"
+        lines += [about.format(**metric) for metric in result["metrics"]]
+    words = [[NUMBER.sub("", cell).strip() for cell in line.split("|")[1:3]] for line in lines]
+    numbers = [{float(text.replace(",", "")) for text in NUMBER.findall(line)} for line in lines]
+    return list(zip(words, numbers, lines, strict=True))
+
+
 def _written(folder: Path, name: str | None) -> tuple[ModelCardData, str]:
     """What care_hub writes: the metadata, and the part between the markers (card.md, filled in)."""
     config, _ = read_config(folder)
-    heads, record = read_heads(folder), read_record(folder)
-    rows = accuracies(config, heads, record)
+    heads, record, rotations = read_heads(folder), read_record(folder), read_rotations(folder)
+    rows, data = accuracies(config, heads, record), stated_data(config, heads, record, rotations)
     parts = (config.model, config.method or "CARE", config.dataset or "unknown")
     title = name.split("/")[-1] if name else "-".join(parts).replace("/", "-")
     measured = record.get("equivariance", {})
@@ -179,7 +210,8 @@ def _written(folder: Path, name: str | None) -> tuple[ModelCardData, str]:
         family_metrics=FAMILY_METRICS,
         families={name: measured[name] for name in sorted(measured, key=lambda k: (k != config.dataset, k))},
         metrics=METRICS,
-        rotations=read_rotations(folder),
+        rotations=rotations,
+        data={label: public_name(label, options) for label, options in data.items()},
         rotation_metrics=ROTATION_METRICS,
         settings=plain_values(config.training),
     )
@@ -211,6 +243,31 @@ def _metadata(config: EncoderConfig, title: str, rows: list[Row]) -> ModelCardDa
         model_name=printable(title),
         eval_results=results or None,
     )
+
+
+def stated_data(
+    config: EncoderConfig, heads: list[LinearHead], record: Record, rotations: RotationSet | None
+) -> dict[str, dict[str, Any]]:
+    """Every data set on which there are figures -> what `data.sources.data_of` takes to read it again."""
+    found = {config.dataset: dict(config.training)} if config.dataset else {}
+    measured = [(head.dataset, head.metrics) for head in heads]
+    for dataset, by_label in record.get("accuracy", {}).items():
+        measured += [(dataset, metrics) for metrics in by_label.values()]
+    measured += record.get("equivariance", {}).items()
+    for dataset, values in measured:
+        found[dataset] = found.get(dataset, {}) | values.get("data", {})
+    for fitted in rotations.fitted.values() if rotations else ():
+        found[fitted.dataset] = found.get(fitted.dataset, {}) | fitted.data
+    return found
+
+
+def public_name(dataset: str, options: dict[str, Any]) -> str | None:
+    """What gives everyone the data set that a card calls `dataset`: its id on the Hub, or "shapes".
+
+    `options`: as of `stated_data`. None for one that is not known to be public.
+    """
+    name = str(options.get("dataset_name", dataset))
+    return name if name == "shapes" else _hub_id(name)
 
 
 def _hub_id(dataset: str | None) -> str | None:

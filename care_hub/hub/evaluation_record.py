@@ -18,22 +18,37 @@ Interval = tuple[float, float, float] | tuple[None, None, None]  # mean and 95 %
 
 
 class Metrics(TypedDict, total=False):
-    """Of a classifier; accuracies in percent. There is more in it, as how it was trained."""
+    """Of a classifier; accuracies in percent. There is more in it, as settings of its training."""
 
     top1: float
     top5: float
     top1_std: float
+    top5_std: float
+    protocol: str
+    seed: int
     seeds: int
+    k: int  # this and the next of kNN
+    temperature: float
     n_train: int
+    n_test: int
+    data: dict[str, str | bool]  # see `data.sources.data_of`
 
 
-class Equivariance(TypedDict):
-    """What `care-hub equivariance` measured of one data set."""
-
+class _Measured(TypedDict):
     images: int
     draws: int
     families: dict[str, dict[str, Interval]]
     attributes: dict[str, dict[str, float]]  # by space and attribute
+
+
+class Equivariance(_Measured, total=False):
+    """What `care-hub equivariance` measured of one data set."""
+
+    seed: int
+    effective_rank: float
+    n_test: int  # of which `images` were taken
+    data: dict[str, str | bool]  # see `data.sources.data_of`
+    recipe: dict[str, Any]  # the augmentation "full recipe", where it is another encoder's
 
 
 def read_record(folder: Path) -> Record:

@@ -51,6 +51,9 @@ class FittedTransformation:
     dataset: str  # on which they were fitted and measured
     images: int  # of which one half fitted them, the other measured
     version: str  # of care_hub
+    seed: int = 0  # of the choice of images and of the bootstrap
+    source: str = ""  # "data set", "folder" or "pairs"; empty: by a version that did not say
+    data: dict[str, str | bool] = field(default_factory=dict)  # see `data.sources.data_of`
 
     @property
     def needed(self) -> float:
@@ -286,7 +289,7 @@ def _entries(values: Any) -> list[FittedTransformation]:
     """The transformations out of a file, what newer versions add left out. Raises READ_ERRORS."""
     known = [f.name for f in dataclasses.fields(FittedTransformation)]
     check_type(values, list[dict[str, Any]], "fitted")
-    entries = [{name: value[name] for name in known} for value in values]
+    entries = [{name: value[name] for name in known if name in value} for value in values]
     check_type(entries, list[FittedTransformation], "fitted")
     found = [FittedTransformation(**entry) for entry in entries]
     for entry in found:

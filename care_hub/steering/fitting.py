@@ -18,7 +18,7 @@ from ..augment import center_crop, permutation, seeded_generator
 from ..config import DataConfig
 from ..data.decode import list_images
 from ..data.inputs import decode_batches
-from ..data.sources import load_split
+from ..data.sources import load_split, recorded_options
 from ..distributed import inference_accelerator
 from ..embed_folder import read_embeddings
 from ..encoder import Encoder
@@ -82,17 +82,17 @@ def rotations(
     embed = partial(_embed, encoder, space)
     if wanted:
         label = (data or DataConfig("imagefolder", images)).data_label
-        pixels = (
-            _split_pixels(encoder, data, limit, seed) if data else _pixels(encoder, str(images), limit, seed)
-        )
+        about = {"source": "data set", **recorded_options(data)} if data else {"source": "folder"}
+        pixels = chosen_images(encoder, data or str(images), limit, seed)
         z = embed(pixels)
         _warn_of_few(*z[: len(z) // 2].shape)
         bar = tqdm(wanted, unit="transformation", disable=None, leave=False)
         for transformation, strengths in bar:
-            fitted = fit_transformation(embed, pixels, z, transformation, strengths, label, seed)
-            new = _with(new, *fitted)
+            found, *fits = fit_transformation(embed, pixels, z, transformation, strengths, label, seed)
+            new = _with(new, replace(found, **about), *fits)
     for name, *sources in pairs:
-        new = _with(new, *_fit_pairs(encoder, space, name, sources, limit, seed))
+        found, *fits = _fit_pairs(encoder, space, name, sources, limit, seed)
+        new = _with(new, replace(found, source="pairs"), *fits)
     if target != folder:
         copy_export(folder, target)
     together = new.add_to(target)
@@ -128,8 +128,13 @@ def _embed(encoder: Encoder, space: str, pixels: Tensor, *steps: Augmentation) -
     return F.normalize(embed_view(encoder, pixels, *steps, space=space), dim=1)
 
 
-def _pixels(encoder: Encoder, source: str, limit: int, seed: int) -> Tensor:
-    """(N, 3, S, S) uint8: at most `limit` random images of a folder, as the encoder sees them."""
+def chosen_images(encoder: Encoder, source: DataConfig | str, limit: int, seed: int) -> Tensor:
+    """(N, 3, S, S) uint8: at most `limit` random images of a data set or a folder, as the encoder sees them.
+
+    Of a data set those of the test split, else of the training split. Raises CareHubError.
+    """
+    if not isinstance(source, str):
+        return _split_pixels(encoder, source, limit, seed)
     files, _ = list_images(source)
     chosen = [files[k] for k in permutation(len(files), seed, "images")[:limit].tolist()]
     return _enough(_decode(encoder, chosen), source)
@@ -162,6 +167,17 @@ def _warn_of_few(pairs: int, d: int) -> None:
         logger.warning("%d pairs are few for rotations in %d dimensions; %s.", pairs, d, enough)
 
 
+def measure_rotations(encoder: Encoder, rotations: RotationSet, name: str, pixels: Tensor) -> Fit:
+    """The rotations of the transformation `name` as they are, measured anew on `pixels`.
+
+    These are those of `chosen_images` to which they were fitted. Raises CareHubError for a
+    transformation that there is none of.
+    """
+    found, embed = rotations.find(name), partial(_embed, encoder, rotations.space)
+    about = parse(name)[0], found.strengths, found.dataset, found.seed
+    return fit_transformation(embed, pixels, embed(pixels), *about, rotations.matrices[name])
+
+
 def fit_transformation(
     embed: Embed,
     pixels: Tensor,
@@ -170,11 +186,12 @@ def fit_transformation(
     strengths: Sequence[float],
     dataset: str = "",
     seed: int = 0,
+    fits: Tensor | None = None,
 ) -> Fit:
     """A transformation of K ascending strengths: how good its rotations are, these, and what it moves.
 
     `pixels` (N, 3, S, S) uint8, in random order, and their embeddings `z` (N, d): the first half fits,
-    the second is measured.
+    the second is measured. `fits` (K, d, d): rotations that there are already, which are measured.
     """
     asked = slice(len(z) // 2, len(z) // 2 + CANDIDATE_IMAGES)
 
@@ -190,7 +207,7 @@ def fit_transformation(
         others = [other for key, other in grid.items() if key != nearest]
         candidates.append(torch.stack([after[asked], z[asked], *others], dim=1))
     empty = _unmeasured(transformation, list(strengths), candidates[0].shape[1], dataset, len(z))
-    return _fit(empty, z, views, candidates, seed)
+    return _fit(empty, z, views, candidates, seed, fits)
 
 
 def _unmeasured(
@@ -201,15 +218,24 @@ def _unmeasured(
 
 
 def _fit(
-    empty: FittedTransformation, z: Tensor, views: Tensor, candidates: Sequence[Tensor], seed: int
+    empty: FittedTransformation,
+    z: Tensor,
+    views: Tensor,
+    candidates: Sequence[Tensor],
+    seed: int,
+    fits: Tensor | None = None,
 ) -> Fit:
     """Rotations of `z` (N, d) to each of `views` (K, N, d), and `empty` with their measures.
 
     `candidates`: for each view (M, C, d), C views of each of the first M images of the second half;
-    the right one comes first.
+    the right one comes first. `fits`: as of `fit_transformation`.
     """
     half = len(z) // 2
-    r = procrustes(z[:half].expand(len(views), -1, -1), views[:, :half], special=True)
+    r = (
+        procrustes(z[:half].expand(len(views), -1, -1), views[:, :half], special=True)
+        if fits is None
+        else fits
+    )
     before = z[half:]
     weights = metrics.bootstrap_weights(len(before), RESAMPLES, seeded_generator(seed, "bootstrap"))
     mean = partial(metrics.weighted_mean, weights=weights)
@@ -222,7 +248,7 @@ def _fit(
         row = _measure(before, view[half:], {name: m.to(z) for name, m in maps.items()}, candidates[k], mean)
         rows.append(row | {"motion": (mean(metrics.invariance(before, view[half:])), distance)})
     measured = [_intervals([row], seed) for row in rows]
-    found = replace(empty, measured=measured, overall=_intervals(rows, seed))
+    found = replace(empty, measured=measured, overall=_intervals(rows, seed), seed=seed)
     return found, r, _moved((views[:, :half] - z[:half]).flatten(0, 1))
 
 
