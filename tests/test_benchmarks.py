@@ -10,6 +10,7 @@ from click import ClickException
 from helpers import ROOT
 
 from care_hub import cli
+from care_hub.config import TrainConfig
 from care_hub.evaluate.linear import fit_linear
 from care_hub.metrics import knn_scores
 from care_hub.schedule import Plan
@@ -113,3 +114,22 @@ def test_peers_do_the_same_work(benchmark_module):
     peers.agree("kNN", 0.999, knn_scores(x, labels, test, 10), peers.faiss_scores(x, labels, test))
     fits = fit_linear(x, labels, 10, peers.PENALTY), peers.sklearn_fit(x, labels)
     peers.agree("probe", 0.99, *(test @ weight.T + bias for weight, bias in fits))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight": 0.0},
+        {"views": "shared", "equivariant_batch_size": 16},
+        {"equivariance_crop": "shared", "equivariant_batch_size": 16},
+        {"equivariance_crop": False},
+    ],
+    ids=str,
+)
+def test_a_step_sends_a_dozen_small_tensors_and_waits_for_no_device(options, benchmark_module):
+    config = TrainConfig(**{"batch_size": 32, "equiv_splits": 4, "weight_start_epochs": 0} | options)
+    work = benchmark_module("augmentation").host_work(config, 40, step=3)  # waiting would be an error
+    pairs = 1 if options.get("views") == "shared" or options.get("weight") == 0 else 2
+    assert pairs < len(work.sent) <= 12 and work.seconds > 0
+    assert sum(work.sent) <= 32 * 8 + pairs * 64 * 128  # bytes: of indices, and for each view
