@@ -2,9 +2,9 @@
 
     python benchmarks/augmentation.py --batch 1024 --size 32
 
-Parameters are sampled per image, and per each of 8 groups. "host": a CARE step with 16 groups whose images
-are on the device "meta", which computes nothing: milliseconds of what the CPU computes itself (not of what
-it launches), and the tensors that it sends. Waiting for the device would be an error there. Medians.
+Parameters are sampled per image, and per each of 8 groups; medians. "sampling_ms": the CPU's part of a CARE
+step with 16 groups. "tensors_sent": to the device, in such a step; counted on the device "meta", which
+computes nothing, and where waiting for the device would be an error.
 """
 
 import json
@@ -24,44 +24,40 @@ from care_hub.data.images import InMemoryImages
 from care_hub.training.batches import make_views
 
 
-class HostWork(TorchDispatchMode):
-    """Of the operations in it: seconds of those on the CPU alone, bytes of each tensor that leaves it."""
+class Sent(TorchDispatchMode):
+    """The bytes of each tensor that leaves the CPU meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds, self.sent = 0.0, []
+        self.bytes: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        began = time.perf_counter()
         answer = func(*args, **(kwargs or {}))
-        spent = time.perf_counter() - began
         tensors = [x for x in tree_leaves((args, kwargs, answer)) if isinstance(x, Tensor)]
-        on_cpu = [x for x in tensors if x.device.type == "cpu"]
-        if len(on_cpu) == len(tensors):
-            self.seconds += spent
-        else:
-            self.sent += [x.nbytes for x in on_cpu]
+        if any(x.device.type != "cpu" for x in tensors):
+            self.bytes += [x.nbytes for x in tensors if x.device.type == "cpu"]
         return answer
 
 
-def host_work(config: TrainConfig, size: int, step: int) -> HostWork:
-    """Of choosing a batch and making its views, on the device "meta"."""
+def bytes_sent(config: TrainConfig, size: int) -> list[int]:
+    """Of each tensor that choosing a batch and making its views sends to a device."""
     pixels = torch.zeros(4 * config.batch_size, 3, size, size, dtype=torch.uint8, device="meta")
     images, index = InMemoryImages(size, None, None, pixels), torch.arange(config.batch_size)
-    with HostWork() as work:
+    with Sent() as sent:
         (batch,) = images.batches([index])
-        make_views(batch, config, augment.AugmentationConfig(size), step, 0, 1)
-    return work
+        make_views(batch, config, augment.AugmentationConfig(size), 0, 0, 1)
+    return sent.bytes
 
 
-def host_row(batch: int, size: int, repeats: int) -> dict[str, float]:
-    config = TrainConfig(batch_size=batch, equiv_splits=16, weight=0.3, weight_start_epochs=0)
-    works = [host_work(config, size, step) for step in range(repeats)]
-    return {
-        "ms": round(statistics.median(1000 * work.seconds for work in works), 2),
-        "tensors_sent": max(len(work.sent) for work in works),
-        "kib_sent": round(statistics.median(sum(work.sent) for work in works) / 1024),
-    }
+def sampling_ms(batch: int, size: int, repeats: int) -> float:
+    """Median time to sample the parameters of a CARE step."""
+    config, times = augment.AugmentationConfig(size), []
+    for step in range(repeats):
+        began = time.perf_counter()
+        augment.sample_two_views(config, batch, size, size, 0, step, "contrastive", batch)
+        augment.sample_two_views(config, batch, size, size, 0, step, "equivariance", 16)
+        times.append(1000 * (time.perf_counter() - began))
+    return round(statistics.median(times), 2)
 
 
 def augmentation_ms(images: Tensor, draws: int, repeats: int) -> float:
@@ -88,10 +84,13 @@ def main(batch: int, size: int, repeats: int) -> None:
     # As after any step of a network: glibc keeps freed blocks once it has freed a large one.
     torch.ones(7 << 20)
     about = {"device": str(device), "threads": torch.get_num_threads(), "batch": batch, "size": size}
+    sent = bytes_sent(TrainConfig(batch_size=batch, equiv_splits=16, weight_start_epochs=0), size)
     times = {
         "per_image_ms": augmentation_ms(images, batch, repeats),
         "per_group_ms": augmentation_ms(images, 8, repeats),
-        "host": host_row(batch, size, repeats),
+        "sampling_ms": sampling_ms(batch, size, repeats),
+        "tensors_sent": len(sent),
+        "kib_sent": round(sum(sent) / 1024),
     }
     print(json.dumps(about | times))
 

@@ -207,31 +207,53 @@ def two_views(
     torch.Size([16, 3, 32, 32])
     """
     height, width = images.shape[-2:]
-    total = len(images) * processes
+    params = sample_two_views(
+        config, len(images), height, width, seed, step, stream, draws, rank, processes, crop, stride
+    )
+    both = images.transpose(0, 1).flatten(0, 1) if images.ndim == 5 else images.repeat(2, 1, 1, 1)
+    return apply(both, params, config)
+
+
+def sample_two_views(
+    config: AugmentationConfig,
+    count: int,
+    height: int,
+    width: int,
+    seed: int,
+    step: int,
+    stream: str,
+    draws: int,
+    rank: int = 0,
+    processes: int = 1,
+    crop: bool | str = True,
+    stride: int = 1,
+) -> AugmentationParams:
+    """The parameters of `two_views` of `count` images of height x width pixels: 2 * count rows."""
+    total = count * processes
     if min(draws, stride) < 1 or total % (draws * stride):
         raise CareHubError(f"{total} images don't divide among {draws} augmentations of every {stride}th.")
 
-    def sample_views(count: int, *own: str) -> AugmentationParams:
-        """`count` augmentations of each view, those of the first view before the others."""
+    def sample_views(n: int, *own: str) -> AugmentationParams:
+        """n augmentations of each view, those of the first view before the others."""
         generators = [seeded_generator(seed, stream, *own, step, view) for view in (0, 1)]
-        numbers = [torch.rand(NUMBERS * count, generator=generator) for generator in generators]
+        numbers = [torch.rand(NUMBERS * n, generator=generator) for generator in generators]
         return _params_of(config, torch.stack(numbers), height, width)
 
-    place = torch.arange(rank * len(images), (rank + 1) * len(images))  # in the global batch
+    place = torch.arange(rank * count, (rank + 1) * count)  # in the global batch
     params, row = sample_views(draws), place // stride // (total // stride // draws)
     row = torch.cat([row, row + draws])
     if stride > 1:
         params = AugmentationParams.cat([params, sample_views(total, "own")])
         own = 2 * draws + torch.cat([place, place + total])
         row = torch.where(place.repeat(2) % stride == 0, row, own)
-    params = params.rows(row)
+    if (draws, processes, stride) != (count, 1, 1):  # else they are in order
+        params = params.rows(row)
     if crop == "shared":
         boxes = _sample_crop_boxes(config, total, height, width, seeded_generator(seed, stream, "crop", step))
         params = replace(params, box=boxes[place.repeat(2)])
     elif not crop:
         params = replace(params, box=torch.tensor([0, 0, height, width]).expand(len(params), 4))
-    both = images.transpose(0, 1).flatten(0, 1) if images.ndim == 5 else images.repeat(2, 1, 1, 1)
-    return apply(both, params, config)
+    return params
 
 
 def apply(images: Tensor, params: AugmentationParams, config: AugmentationConfig) -> Tensor:

@@ -129,7 +129,7 @@ def test_peers_do_the_same_work(benchmark_module):
 )
 def test_a_step_sends_a_dozen_small_tensors_and_waits_for_no_device(options, benchmark_module):
     config = TrainConfig(**{"batch_size": 32, "equiv_splits": 4, "weight_start_epochs": 0} | options)
-    work = benchmark_module("augmentation").host_work(config, 40, step=3)  # waiting would be an error
+    sent = benchmark_module("augmentation").bytes_sent(config, 40)  # waiting would be an error
     pairs = 1 if options.get("views") == "shared" or options.get("weight") == 0 else 2
-    assert pairs < len(work.sent) <= 12 and work.seconds > 0
-    assert sum(work.sent) <= 32 * 8 + pairs * 64 * 128  # bytes: of indices, and for each view
+    assert 4 * pairs <= len(sent) <= 12
+    assert sum(sent) <= 32 * 8 + pairs * 64 * 128  # bytes: of indices, and for each view
