@@ -133,12 +133,18 @@ def recorded(name: str, settings: str) -> Arms:
 def write_results(name: str, heading: str, settings: str, arms: Arms) -> str:
     """Write results/<name>.json and all tables between the markers of docs/results.md; returns its table."""
     summary = {"recipe": heading, "settings": settings, "arms": arms}
-    folder, page = ROOT / "results", ROOT / "docs" / "results.md"
+    folder = ROOT / "results"
     write_text(folder / f"{name}.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     files = sorted(folder.glob("*.json"), reverse=True)
     files.sort(key=lambda file: file.name.startswith(("frozen", "transfer")))
-    tables = "\n\n".join(table(json.loads(file.read_text())) for file in files)
-    text = page.read_text()
-    start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
-    write_text(page, f"{text[:start]}\n{tables}\n{text[stop:]}")
+    found = [json.loads(file.read_text()) for file in files]
+    tables = [table(other) for other in found if "arms" in other]  # peers.json has none
+    write_section(ROOT / "docs" / "results.md", "\n\n".join(tables))
     return table(summary)
+
+
+def write_section(page: Path, text: str) -> None:
+    """Put `text` between the markers of `page`."""
+    whole = page.read_text()
+    start, stop = whole.index(BEGIN) + len(BEGIN), whole.index(END)
+    write_text(page, f"{whole[:start]}\n{text}\n{whole[stop:]}")

@@ -1,9 +1,9 @@
 """Random augmentation of a whole batch on its device, with parameters per image or shared by a group.
 
 `sample` makes the random parameters on the CPU (a few numbers per image), `apply` turns images and
-parameters into a view. Sampling for the global batch and taking rows of it is what makes a run
-independent of the number of processes. With equal parameters every operation equals torchvision's
-functional one (to 2e-6 in float32).
+parameters into a view; it sends the parameters, and never waits for the device. Sampling for the
+global batch and taking rows of it is what makes a run independent of the number of processes. With
+equal parameters every operation equals torchvision's functional one (to 2e-6 in float32).
 """
 
 import hashlib
@@ -19,6 +19,8 @@ from .errors import CareHubError
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, the weights torchvision uses
 CROP_TRIES = 10
+CROP_NUMBERS = 2 * CROP_TRIES + 2  # random numbers that a crop is made of
+NUMBERS = 13 + CROP_NUMBERS  # and an augmentation
 
 
 @dataclass(frozen=True)
@@ -115,24 +117,31 @@ def sample(
 
     if n < 0 or min(height, width) < 1:
         raise CareHubError(f"there are no {n} augmentations of {height} x {width} pixels.")
+    numbers = torch.rand(1, NUMBERS * n, generator=generator)
+    return _params_of(config, numbers, height, width)
 
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(n, generator=generator) * (high - low) + low
 
-    def happens(probability: float) -> Tensor:
-        return torch.rand(n, generator=generator) < probability
+def _params_of(config: AugmentationConfig, numbers: Tensor, height: int, width: int) -> AugmentationParams:
+    """V x n augmentations, made of random `numbers` (V, NUMBERS * n) in [0, 1)."""
+    n = numbers.shape[1] // NUMBERS
+    # Runs are reproduced from their seed, so the order of these parts is fixed.
+    parts = numbers.split([4 * n, 4 * n, n, n, n, CROP_NUMBERS * n, n, n], dim=1)
+    factors, order, jittered, sigma, blurred, box, flip, gray = parts
+    *strengths, hue = config.jitter
+    low = torch.tensor([max(0.0, 1 - strength) for strength in strengths] + [-hue])
+    span = torch.tensor([1 + k - max(0.0, 1 - k) for k in strengths] + [2 * hue])
+    factors = (factors.unflatten(1, (4, n)) * span[:, None] + low[:, None]).mT.reshape(-1, 4)
+    order = order.reshape(-1, 4).argsort(dim=1)
+    order.masked_fill_(jittered.reshape(-1, 1) >= config.jitter_p, -1)
+    sigma = _uniform(sigma, *config.blur_sigma).masked_fill_(blurred >= config.blur, 0).flatten()
+    box = _boxes_of(config, box, height, width)
+    return AugmentationParams(
+        box, flip.flatten() < config.flip, factors, order, gray.flatten() < config.grayscale, sigma
+    )
 
-    # Runs are reproduced from their seed, so the order of these lines is fixed.
-    factors = [uniform(max(0.0, 1 - strength), 1 + strength) for strength in config.jitter[:3]]
-    factors.append(uniform(-config.jitter[3], config.jitter[3]))
-    order = torch.rand(n, 4, generator=generator).argsort(dim=1)
-    order[~happens(config.jitter_p)] = -1
-    sigma = uniform(*config.blur_sigma)
-    sigma[~happens(config.blur)] = 0
-    box = _sample_crop_boxes(config, n, height, width, generator)
-    flip = happens(config.flip)
-    gray = happens(config.grayscale)
-    return AugmentationParams(box, flip, torch.stack(factors, dim=1), order, gray, sigma)
+
+def _uniform(numbers: Tensor, low: float, high: float) -> Tensor:
+    return numbers * (high - low) + low
 
 
 def sample_crop_box(
@@ -150,21 +159,25 @@ def sample_crop_box(
 def _sample_crop_boxes(
     config: AugmentationConfig, n: int, height: int, width: int, generator: torch.Generator
 ) -> Tensor:
-    """(n, 4): the first of ten random crops that fits, else the largest central one of an allowed ratio."""
+    return _boxes_of(config, torch.rand(1, CROP_NUMBERS * n, generator=generator), height, width)
 
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(n, CROP_TRIES, generator=generator) * (high - low) + low
 
-    area = height * width * uniform(*config.scale)
-    ratio = uniform(*map(math.log, config.ratio)).exp()
-    w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+def _boxes_of(config: AugmentationConfig, numbers: Tensor, height: int, width: int) -> Tensor:
+    """(V * n, 4) crops made of random `numbers` (V, CROP_NUMBERS * n): the first of ten that fits, else
+    the largest central one of an allowed ratio.
+    """
+    n = numbers.shape[1] // CROP_NUMBERS
+    area, ratio, u, v = numbers.split([CROP_TRIES * n, CROP_TRIES * n, n, n], dim=1)
+    area = height * width * _uniform(area, *config.scale).reshape(-1, CROP_TRIES)
+    ratio = _uniform(ratio, *map(math.log, config.ratio)).reshape(-1, CROP_TRIES).exp_()
+    w, h = (area * ratio).sqrt_().round_(), (area / ratio).sqrt_().round_()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    none_fits, first = ~fits.any(dim=1), fits.int().argmax(dim=1, keepdim=True)
-    w = w.gather(1, first)[:, 0].masked_fill(none_fits, min(width, round(height * config.ratio[1])))
-    h = h.gather(1, first)[:, 0].masked_fill(none_fits, min(height, round(width / config.ratio[0])))
-    u, v = torch.rand(2, n, generator=generator)
-    top = torch.where(none_fits, (height - h) // 2, ((height - h + 1) * u).long())
-    left = torch.where(none_fits, (width - w) // 2, ((width - w + 1) * v).long())
+    found, first = fits.byte().max(dim=1, keepdim=True)  # the first of equals
+    w, h, none_fits = w.gather(1, first)[:, 0].long(), h.gather(1, first)[:, 0].long(), found[:, 0] == 0
+    w = w.masked_fill_(none_fits, min(width, round(height * config.ratio[1])))
+    h = h.masked_fill_(none_fits, min(height, round(width / config.ratio[0])))
+    top = torch.where(none_fits, (height - h) // 2, ((height - h + 1) * u.flatten()).long())
+    left = torch.where(none_fits, (width - w) // 2, ((width - w + 1) * v.flatten()).long())
     return torch.stack([top, left, h, w], dim=1)
 
 
@@ -194,29 +207,53 @@ def two_views(
     torch.Size([16, 3, 32, 32])
     """
     height, width = images.shape[-2:]
-    total = len(images) * processes
-    if min(draws, stride) < 1 or total % (draws * stride):
-        raise CareHubError(f"{total} images don't divide among {draws} augmentations of every {stride}th.")
-    mine = slice(rank * len(images), (rank + 1) * len(images))
-
-    def sample_view(view: int) -> AugmentationParams:
-        generator = seeded_generator(seed, stream, step, view)
-        shared = sample(config, draws, height, width, generator).repeat(total // stride // draws)
-        if stride == 1:
-            return shared
-        own = sample(config, total, height, width, seeded_generator(seed, stream, "own", step, view))
-        row = len(shared) + torch.arange(total)
-        row[::stride] = torch.arange(len(shared))
-        return AugmentationParams.cat([shared, own]).rows(row)
-
-    params = AugmentationParams.cat([sample_view(view).rows(mine) for view in (0, 1)])
-    if crop == "shared":
-        boxes = _sample_crop_boxes(config, total, height, width, seeded_generator(seed, stream, "crop", step))
-        params = replace(params, box=boxes[mine].repeat(2, 1))
-    elif not crop:
-        params = replace(params, box=torch.tensor([0, 0, height, width]).expand(len(params), 4))
+    params = sample_two_views(
+        config, len(images), height, width, seed, step, stream, draws, rank, processes, crop, stride
+    )
     both = images.transpose(0, 1).flatten(0, 1) if images.ndim == 5 else images.repeat(2, 1, 1, 1)
     return apply(both, params, config)
+
+
+def sample_two_views(
+    config: AugmentationConfig,
+    count: int,
+    height: int,
+    width: int,
+    seed: int,
+    step: int,
+    stream: str,
+    draws: int,
+    rank: int = 0,
+    processes: int = 1,
+    crop: bool | str = True,
+    stride: int = 1,
+) -> AugmentationParams:
+    """The parameters of `two_views` of `count` images of height x width pixels: 2 * count rows."""
+    total = count * processes
+    if min(draws, stride) < 1 or total % (draws * stride):
+        raise CareHubError(f"{total} images don't divide among {draws} augmentations of every {stride}th.")
+
+    def sample_views(n: int, *own: str) -> AugmentationParams:
+        """n augmentations of each view, those of the first view before the others."""
+        generators = [seeded_generator(seed, stream, *own, step, view) for view in (0, 1)]
+        numbers = [torch.rand(NUMBERS * n, generator=generator) for generator in generators]
+        return _params_of(config, torch.stack(numbers), height, width)
+
+    place = torch.arange(rank * count, (rank + 1) * count)  # in the global batch
+    params, row = sample_views(draws), place // stride // (total // stride // draws)
+    row = torch.cat([row, row + draws])
+    if stride > 1:
+        params = AugmentationParams.cat([params, sample_views(total, "own")])
+        own = 2 * draws + torch.cat([place, place + total])
+        row = torch.where(place.repeat(2) % stride == 0, row, own)
+    if (draws, processes, stride) != (count, 1, 1):  # else they are in order
+        params = params.rows(row)
+    if crop == "shared":
+        boxes = _sample_crop_boxes(config, total, height, width, seeded_generator(seed, stream, "crop", step))
+        params = replace(params, box=boxes[place.repeat(2)])
+    elif not crop:
+        params = replace(params, box=torch.tensor([0, 0, height, width]).expand(len(params), 4))
+    return params
 
 
 def apply(images: Tensor, params: AugmentationParams, config: AugmentationConfig) -> Tensor:
@@ -238,9 +275,16 @@ def apply(images: Tensor, params: AugmentationParams, config: AugmentationConfig
     return normalize(x, config.mean, config.std)
 
 
-def _beside(x: Tensor, value: Tensor) -> Tensor:
-    """`value` on the device of `x`, for which the CPU does not wait, unless it is to read it."""
+def beside(x: Tensor, value: Tensor) -> Tensor:
+    """`value`, of the CPU, on the device of `x`: the CPU does not wait for it, unless it is to read it."""
+    if x.device.type == "cuda":
+        value = value.pin_memory()
     return value.to(x.device, non_blocking=x.device.type != "cpu")
+
+
+def _channels(x: Tensor, values: Sequence[float]) -> Tensor:
+    """(3, 1, 1) on the device of `x`, to which nothing is sent."""
+    return torch.cat([x.new_full((1, 1, 1), value) for value in values])
 
 
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -249,10 +293,9 @@ def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     >>> normalize(torch.ones(3, 1, 1), (0.5, 0.5, 0.5), (0.5, 0.25, 1.0)).flatten()
     tensor([1.0000, 2.0000, 0.5000])
     """
-    scale = 1 / torch.tensor(std, dtype=torch.float64)
-    shift = -torch.tensor(mean, dtype=torch.float64) * scale
-    scale, shift = (_beside(x, v.to(x.dtype)).view(3, 1, 1) for v in (scale, shift))
-    return (x * scale).add_(shift)
+    scale = [1 / value for value in std]
+    shift = [-value * factor for value, factor in zip(mean, scale, strict=True)]
+    return (x * _channels(x, scale)).add_(_channels(x, shift))
 
 
 def center_crop(x: Tensor, size: int) -> Tensor:
@@ -279,9 +322,10 @@ def crop(x: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
     if x.shape[2:] == (size, size) and (box == torch.tensor([0, 0, size, size])).all():
         if not flip.any():
             return x
-        mirrored = _beside(x, flip)[:, None, None, None]
+        mirrored = beside(x, flip)[:, None, None, None]
         return torch.where(mirrored, x.flip(3), x)
-    top, left, height, width = box.T[..., None]
+    sent = beside(x, torch.cat([box, flip[:, None]], dim=1))
+    top, left, height, width, flip = sent.T[..., None]
     rows = _resize_matrix(x, x.shape[2], top, height, size, torch.zeros_like(flip))
     columns = _resize_matrix(x, x.shape[3], left, width, size, flip)
     # The rows of all channels in one product.
@@ -292,17 +336,18 @@ def crop(x: Tensor, box: Tensor, flip: Tensor, size: int) -> Tensor:
 def _resize_matrix(x: Tensor, full: int, start: Tensor, length: Tensor, size: int, flip: Tensor) -> Tensor:
     """(B, size, full) weights of an antialiased (triangle filter) resize of `length` pixels from `start`.
 
-    `start` and `length` are (B, 1); dtype and device are those of `x`.
+    `start`, `length` and `flip` (B, 1) are on the device of `x`; so are the weights, in its dtype.
     """
-    scale = length.double() / size
-    position = torch.arange(size, dtype=torch.float64) + 0.5
-    center = torch.where(flip[:, None], size - position, position) * scale
-    pixel = torch.arange(full) - start
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # which MPS lacks
+    scale = length.to(wide) / size
+    position = torch.arange(size, dtype=wide, device=x.device) + 0.5
+    center = torch.where(flip.bool(), size - position, position) * scale
+    pixel = torch.arange(full, device=x.device) - start
     inside = (pixel >= 0) & (pixel < length)
     distance = ((pixel + 0.5).to(x.dtype)[:, None, :] - center.to(x.dtype)[:, :, None]).abs_()
     slope = (-1 / scale.clamp(min=1)).to(x.dtype)[:, None]
     weight = distance.mul_(slope).add_(1).clamp_(min=0).mul_(inside[:, None])
-    return _beside(x, weight.mul_(1 / weight.sum(dim=2, keepdim=True)))
+    return weight.mul_(1 / weight.sum(dim=2, keepdim=True))
 
 
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
@@ -315,17 +360,19 @@ def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     tensor([[0.2500, 0.2500, 0.2500],
             [0.5000, 0.5000, 0.5000]])
     """
-    x, factors = x.clone(), factors.to(x.dtype)
-    operations = ((_brightness, 1), (_contrast, 1), (_saturation, 1), (_hue, 0))
-    for turn in order.T:
-        for k, (operation, neutral) in enumerate(operations):
-            index = ((turn == k) & (factors[:, k] != neutral)).nonzero()[:, 0]
+    x, operations = x.clone(), (_brightness, _contrast, _saturation, _hue)
+    changes = (factors != torch.tensor([1, 1, 1, 0])).gather(1, order.clamp(min=0))
+    kinds = torch.where(changes, order, -1)  # (B, 4): what is done to each row in each turn; -1 is nothing
+    counts = (kinds + torch.arange(1, 21, 5)).flatten().bincount(minlength=20).view(4, 5).tolist()
+    sent = beside(x, torch.cat([kinds, factors], dim=1))
+    turns, factors = sent[:, :4].T.argsort(dim=1, stable=True), sent[:, 4:].to(x.dtype)
+    for rows, sizes in zip(turns, counts, strict=True):
+        for k, index in enumerate(rows.split(sizes)[1:]):
             if len(index) == len(x):  # all of them: no copies
-                x = operation(x, _beside(x, factors[:, k]).view(-1, 1, 1, 1))
+                x = operations[k](x, factors[:, k].view(-1, 1, 1, 1))
             elif len(index):
-                factor = _beside(x, factors[index, k]).view(-1, 1, 1, 1)
-                index = _beside(x, index)
-                x.index_copy_(0, index, operation(x.index_select(0, index), factor))
+                factor = factors[index, k].view(-1, 1, 1, 1)
+                x.index_copy_(0, index, operations[k](x.index_select(0, index), factor))
     return x
 
 
@@ -354,8 +401,7 @@ def _hue(x: Tensor, turns: Tensor) -> Tensor:
     chroma = value - torch.minimum(middle, low)
     hue = hue.addcdiv_(middle - low, chroma.clamp(min=1e-12), value=1 / 6).abs_().add_(turns.squeeze(3))
     # 5/6, 3/6 and 1/6 in the source; a turn more, so that nothing is negative.
-    offsets = torch.tensor((11 / 6, 9 / 6, 7 / 6), dtype=x.dtype).view(3, 1, 1)
-    k = (hue[:, None] + _beside(x, offsets)).frac_().mul_(6)
+    k = (hue[:, None] + _channels(x, (11 / 6, 9 / 6, 7 / 6))).frac_().mul_(6)
     return torch.addcmul(value[:, None], chroma[:, None], torch.minimum(k, 4 - k).clamp_(0, 1), value=-1)
 
 
@@ -378,7 +424,7 @@ def grayscale(x: Tensor, which: Tensor) -> Tensor:
     """
     if not which.any():
         return x
-    index = _beside(x, which.nonzero()[:, 0])
+    index = beside(x, which.nonzero()[:, 0])
     return x.index_copy(0, index, luma(x[index]).expand(-1, 3, -1, -1))
 
 
@@ -399,8 +445,9 @@ def blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
         return x
     reach = kernel_size // 2
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma[index, None]).square())
-    weights = (weights / weights.sum(dim=1, keepdim=True))[:, :, None, None, None]
-    weights, index = _beside(x, weights.to(x.dtype)), _beside(x, index)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    sent = beside(x, torch.cat([index[:, None], weights], dim=1))
+    index, weights = sent[:, 0].long(), sent[:, 1:, None, None, None].to(x.dtype)
     y = F.pad(x[index], (reach,) * 4, mode="reflect")
     for axis in (2, 3):  # a Gaussian is a product: first along the columns, then along the rows
         shifted = [y.narrow(axis, k, x.shape[axis]) for k in range(kernel_size)]
@@ -422,6 +469,6 @@ def rotate(x: Tensor, degrees: float | Tensor) -> Tensor:
     """
     angle = torch.as_tensor(degrees, dtype=torch.float64).deg2rad().expand(len(x))
     c, s, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    matrix = _beside(x, torch.stack([c, -s, zero, s, c, zero], dim=1).view(-1, 2, 3).to(x.dtype))
+    matrix = beside(x, torch.stack([c, -s, zero, s, c, zero], dim=1).view(-1, 2, 3).to(x.dtype))
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)

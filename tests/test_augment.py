@@ -1,6 +1,7 @@
 """Augmentation of the batch is torchvision's, image by image, and its parameters are shared as CARE needs."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -120,6 +121,28 @@ def test_parameters_are_reproducible_and_differ_by_step_and_seed():
     assert same(sampled(0, "x", 1), sampled(0, "x", 1))
     assert not same(sampled(0, "x", 1), sampled(0, "x", 2))
     assert not same(sampled(0, "x", 1), sampled(1, "x", 1))
+
+
+def test_parameters_are_made_of_random_numbers_in_a_fixed_order():
+    """Runs are reproduced from their seed, by every version."""
+    config, numbers = AugmentationConfig(), seeded_generator(5, "order")
+    brightness, contrast, saturation, hue = (torch.rand(6, generator=numbers) for _ in range(4))
+    order, jittered = torch.rand(6, 4, generator=numbers), torch.rand(6, generator=numbers)
+    sigma, blurred = torch.rand(2, 6, generator=numbers)
+    area, ratio = torch.rand(2, 6, 10, generator=numbers)
+    place, flip, gray = (torch.rand(k, 6, generator=numbers) for k in (2, 1, 1))
+    found = augment.sample(config, 6, 50, 60, seeded_generator(5, "order"))
+    factors = [0.6 + 0.8 * brightness, 0.6 + 0.8 * contrast, 0.6 + 0.8 * saturation, 0.2 * hue - 0.1]
+    assert_near(found.factors, torch.stack(factors, dim=1))
+    assert torch.equal(found.order, order.argsort(dim=1).where(jittered[:, None] < 0.8, -1))
+    assert_near(found.sigma, (0.1 + 1.9 * sigma).where(blurred < 0.5, 0))
+    assert torch.equal(found.flip, flip[0] < 0.5) and torch.equal(found.gray, gray[0] < 0.2)
+    for k, (top, left, height, width) in enumerate(found.box.tolist()):
+        sides = (3000 * (0.08 + 0.92 * area[k])).sqrt()[:, None]
+        stretch = (math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * ratio[k]).div(2).exp()[:, None]
+        tries = torch.cat([sides / stretch, sides * stretch], dim=1).round().tolist()
+        assert [height, width] == next([h, w] for h, w in tries if 0 < h <= 50 and 0 < w <= 60)
+        assert [top, left] == [int((50 - height + 1) * place[0, k]), int((60 - width + 1) * place[1, k])]
 
 
 def test_parameters_follow_the_config():

@@ -4,10 +4,15 @@ import importlib
 from types import ModuleType
 
 import pytest
+import timm
 import torch
+from click import ClickException
 from helpers import ROOT
 
 from care_hub import cli
+from care_hub.config import TrainConfig
+from care_hub.evaluate.linear import fit_linear
+from care_hub.metrics import knn_scores
 from care_hub.schedule import Plan
 
 IMAGES = {"shapes": 5000, "cifar10_small": 50000, "shapes_moco": 5000}
@@ -86,3 +91,45 @@ def test_the_color_of_an_image_is_that_of_its_middle(benchmark_module):
     images = torch.full((len(middles), 3, 32, 32), 255, dtype=torch.uint8)
     images[:, :, 8:24, 8:24] = torch.tensor([*middles.values()], dtype=torch.uint8)[:, :, None, None]
     assert [transfer.COLORS[k] for k in transfer.central_colors(images)] == [*middles]
+
+
+def test_only_ways_that_find_the_same_are_compared(benchmark_module):
+    peers = benchmark_module("peers")
+    same, other = torch.eye(3), torch.eye(3).flip(0)
+    peers.agree("kNN", 1.0, same, same * 2)
+    with pytest.raises(ClickException, match=r"only 33\.3% of the answers are the same"):
+        peers.agree("kNN", 0.5, same, other)
+    row = peers.compare({"a": lambda: 1, "b": lambda: 1}, {"a row": ("a", "b")}, "timm", rounds=3)[0]
+    assert row["lowest"] <= row["ratio"] <= row["highest"]
+    text = peers.table({"settings": "a CPU", "rows": [row]})
+    assert f"**{row['ratio']:.2f}**" in text and f"timm {timm.__version__}" in text
+
+
+def test_peers_do_the_same_work(benchmark_module):
+    peers = benchmark_module("peers")
+    pytest.importorskip("faiss")
+    pytest.importorskip("sklearn")
+    x, labels = peers.clusters(2000, 32, seed=1)
+    test, _ = peers.clusters(200, 32, seed=2)
+    peers.agree("kNN", 0.999, knn_scores(x, labels, test, 10), peers.faiss_scores(x, labels, test))
+    fits = fit_linear(x, labels, 10, peers.PENALTY), peers.sklearn_fit(x, labels)
+    peers.agree("probe", 0.99, *(test @ weight.T + bias for weight, bias in fits))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight": 0.0},
+        {"views": "shared", "equivariant_batch_size": 16},
+        {"equivariance_crop": "shared", "equivariant_batch_size": 16},
+        {"equivariance_crop": False},
+    ],
+    ids=str,
+)
+def test_a_step_sends_a_dozen_small_tensors_and_waits_for_no_device(options, benchmark_module):
+    config = TrainConfig(**{"batch_size": 32, "equiv_splits": 4, "weight_start_epochs": 0} | options)
+    sent = benchmark_module("augmentation").bytes_sent(config, 40)  # waiting would be an error
+    pairs = 1 if options.get("views") == "shared" or options.get("weight") == 0 else 2
+    assert 4 * pairs <= len(sent) <= 12
+    assert sum(sent) <= 32 * 8 + pairs * 64 * 128  # bytes: of indices, and for each view

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..augment import beside
 from ..config import PREEMPT_SIGNALS
 from ..cores import cores
 from ..errors import CareHubError
@@ -80,7 +81,7 @@ class InMemoryImages(Images):
 
     def batches(self, index_batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """One (b, 3, S, S) uint8 tensor, where the pixels are, for each 1-d tensor of indices."""
-        return (self.pixels[index.to(self.pixels.device)] for index in index_batches)
+        return (self.pixels[beside(self.pixels, index)] for index in index_batches)
 
 
 @dataclass
