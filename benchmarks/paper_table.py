@@ -75,6 +75,7 @@ ARMS = {
         "steering-first": Arm(
             "steering first", {"jitter_p": 0.0, "grayscale": 0.0, "weight": 1.5, "projection_hidden": 512}
         ),
+        "composing": Arm("steering head, temperature 0.15", {"steering_temperature": 0.15}),
         "late": Arm("CARE late", ONE_HEAD | SAME | LATE | {"weight": 1.5}),
         "plain": Arm("λ = 0", {"weight": 0.0}),
         "longer": Arm("λ = 0, as long", {"weight": 0.0}, as_long_as="steering-head"),

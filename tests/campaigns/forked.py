@@ -20,7 +20,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from four_methods import free_port
+from two_processes import free_port
 from helpers import TINY
 
 from care_hub import cli
