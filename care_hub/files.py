@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CareHubError
@@ -126,15 +126,24 @@ def _opened(path: Path) -> Iterator[safe_open]:
     if not own_file(path):
         raise CareHubError(f"'{path}' is missing; the export is incomplete.")
     try:
-        path.open("rb").close()  # safetensors calls missing what it may not read
-        with safe_open(path, "pt") as file:
-            yield file
+        with path.open("rb") as opened:  # safetensors calls missing what it may not read
+            named = f"/dev/fd/{opened.fileno()}" if _not_utf8(path) else path  # which it can't name
+            with safe_open(named, "pt") as file:
+                yield file
     except SafetensorError as error:
         raise CareHubError(
             f"'{path}' is not a complete safetensors file ({error}); fetch or write it again."
         ) from error
     except OSError as error:
         raise CareHubError(f"'{path}' can't be read ({error.strerror or error}).") from error
+
+
+def _not_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # a surrogate stands for each byte that is not UTF-8
+        return True
+    return False
 
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -163,8 +172,8 @@ def read_tensors(path: Path, own: dict[str, Tensor] | None = None) -> dict[str, 
     header, _ = read_header(path)
     own = header if own is None else own
     check_tensors(header, own, path)
-    with _opened(path):
-        state = load_file(path)
+    with _opened(path) as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
     check_tensors(state, own, path)
     return state
 

@@ -95,7 +95,7 @@ def test_a_card_that_is_written_again_or_pushed_keeps_its_order(server, export):
         "source = ",
         "`care-hub verify ",
     )  # only what names the encoder
-    assert len(changes) == 12 and all(line[2:].startswith(named) for line in changes), changes
+    assert len(changes) == 14 and all(line[2:].startswith(named) for line in changes), changes
 
 
 def test_rows_do_not_depend_on_the_order_of_measuring(export, tmp_path):
