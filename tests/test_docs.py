@@ -50,6 +50,7 @@ REPLACED = {  # in the text of every block
     "TrainConfig(": "TrainConfig(max_steps=2, projection_hidden=32, mixed_precision='no', ",
 }
 SHORT_RUN = ("--projection-hidden", "32", "--mixed-precision", "no", "--max-steps")
+OTHERS = re.compile(r"(?:import|from) (faiss|usearch)")  # code for packages that care_hub does not need
 FEW_SHAPES = {"train": 500, "test": 200}
 
 
@@ -177,10 +178,21 @@ def test_code_runs(page, reader, server):
         if language == "bash":
             for words in commands(code):
                 run_words(words, namespace)
-        elif language == "python":
+        elif language == "python" and not OTHERS.match(code):
             exec(compile(code, page.name, "exec"), namespace)
         elif title := re.search(r'title="(.+)"', more):  # a file that the reader saves
             (reader / title[1]).write_text(code)
+
+
+@pytest.mark.parametrize("package", ["faiss", "usearch"])
+def test_a_query_serves_the_index_of(package):
+    pytest.importorskip(package)
+    codes = [code for _, _, code in blocks(ROOT / "docs" / "rotations.md")]
+    (code,) = [code for code in codes if (found := OTHERS.match(code)) and found[1] == package]
+    z = torch.nn.functional.normalize(torch.randn(41, 128, generator=torch.Generator().manual_seed(0)))
+    namespace = {"stored": z[1:].numpy(), "query": z[:1].numpy()}
+    exec(code, namespace)
+    assert namespace["nearest"].ravel().tolist() == (z[1:] @ z[0]).topk(10).indices.tolist()
 
 
 def test_all_code_is_in_a_language_that_is_run():
