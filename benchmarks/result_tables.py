@@ -100,6 +100,7 @@ ROWS = (
     Row("light_search", "", 1, "another light, the same image found, %"),
     Row("light_search_share", "", 0, "the same, share, %"),
     Row("upgrade", "", 1, "another encoder, recall@10, %"),
+    Row("upgrade_backbone", "", 1, "the same, carried over from the backbone's embeddings"),
     # benchmarks/search.py: columns are transformations.
     Row("motion", "", 3, "motion"),
     Row("same_image_hit_at_1", "", 1, "same image, found by R f(x), %"),

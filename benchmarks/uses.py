@@ -1,7 +1,7 @@
 """What rotations of stored embeddings are good for, beside a linear map, nothing, and embedding images anew.
 
     python benchmarks/uses.py --data-root CIFAR10 --twin runs/paper/cifar10_small-longer-0 \\
-        --new runs/paper/cifar10_small-steering-first-1 --twin-new runs/paper/cifar10_small-plain-0
+        --new runs/paper/cifar10_small-steering-first-1 --twin-new runs/paper/cifar10_small-longer-1
 
 On images that neither was trained on, for the encoder and for its twin without the equivariance loss (λ = 0):
 
@@ -11,7 +11,7 @@ On images that neither was trained on, for the encoder and for its twin without 
   being trained on more labeled images, augmented in the same way;
 - another light, which a map from 200 pairs takes back: a linear head, kNN, and search for the same image;
 - with --new (of the twin: --twin-new) another encoder: what maps from 1,000 pairs carry over to it, against
-  its own embeddings.
+  its own embeddings; from those that are stored, and from those of the backbone.
 
 Each seed divides the images anew into those that fit maps, labeled ones, and those that are tested. A share
 is that of what embedding anew wins; there is none where that is less than a point. Changes of color are
@@ -43,13 +43,13 @@ from care_hub.evaluate.linear import fit_linear
 from care_hub.factory import load_encoder
 from care_hub.metrics import knn_top1, retrieval, topk_accuracy
 from care_hub.rotation import least_squares, procrustes
-from care_hub.steering.upgrade import neighbor_recall
+from care_hub.steering import upgrade
 from care_hub.transformations import parse
 
 COLORS = AugmentationConfig(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=1.0)
 LIGHT = "gamma=1.2+brightness=0.8+white_balance=0.25"
 VIEWS, SHOTS, DRAWS = 32, (1, 5, 10), 4  # draws of the few labeled images, for each seed
-LIGHT_PAIRS, UPGRADE_PAIRS = 200, 1000
+LIGHT_PAIRS, UPGRADE_PAIRS, UPGRADED = 200, 1000, 2000
 PENALTY, STEPS = 1e-2, 50  # of all heads
 NEIGHBORS = 20  # that vote
 STORED, ANEW = "as stored", "embedded anew"
@@ -159,7 +159,7 @@ def color_figures(method: str, found: Embedded, parts: Parts, seed: int) -> dict
     """Few-shot heads and test-time augmentation, and what 32 views of 1,000 images cost."""
     labels, classes = found.labels, int(found.labels.max()) + 1
     views, others = Views(method, found, parts), parts.others
-    figures = {"views_seconds": views.seconds(parts.fit)}
+    figures: dict[str, Any] = {"views_seconds": views.seconds(parts.fit)}
     for shots in SHOTS:
         draws = [few(parts.labeled, labels, shots, seed, draw) for draw in range(DRAWS)]
         heads = [train(views(rows), labels[rows], classes) for rows in draws]
@@ -190,16 +190,17 @@ def light_figures(method: str, found: Embedded, parts: Parts) -> dict[str, float
     }
 
 
-def upgrade_figures(method: str, pair: tuple[Tensor, Tensor] | None, seed: int) -> dict[str, float | None]:
-    """recall@10 in percent, among images that are not among the pairs."""
-    if pair is None:
-        return {"upgrade": None}
-    order = permutation(len(pair[0]), seed, "upgrade")
-    (old, old_rest), (new, new_rest) = ((z[order[:UPGRADE_PAIRS]], z[order[UPGRADE_PAIRS:]]) for z in pair)
-    z = new_rest if method == ANEW else old_rest
-    z = mapped(z, MAPS[method](old, new)) if method in MAPS else z
-    alike = z.shape == new_rest.shape
-    return {"upgrade": 100 * neighbor_recall(new_rest, z).mean().item() if alike else None}
+def upgraded_recall(method: str, old: Tensor, new: Tensor, seed: int) -> float | None:
+    """recall@10 in percent, among images that are not among the pairs; None where dimensions differ."""
+    if method == ANEW:
+        return 100.0
+    order = permutation(len(old), seed, "upgrade")
+    pairs, rest = order[:UPGRADE_PAIRS], order[UPGRADE_PAIRS:][:UPGRADED]
+    z = F.normalize(old, dim=1)
+    if method in MAPS:
+        kind = {"linear map": "linear", "rotation": "orthogonal"}[method]
+        z = mapped(z, upgrade.MAPS[kind](z[pairs], new[pairs]))
+    return 100 * upgrade.neighbor_recall(new[rest], z[rest]).mean().item() if z.shape == new.shape else None
 
 
 def add_shares(runs: Arms) -> None:
@@ -216,14 +217,19 @@ def add_shares(runs: Arms) -> None:
                 row[f"{key}_share"] = 100 * (row[key] - start) / won if known else None
 
 
-def measure(found: Embedded, pair: tuple[Tensor, Tensor] | None, seeds: int) -> Arms:
-    """method -> the rows of each seed; `pair`: (N, d) embeddings of the same images by two encoders."""
+def measure(found: Embedded, carried: dict[str, Tensor], new: Tensor | None, seeds: int) -> Arms:
+    """method -> the rows of each seed.
+
+    `carried`: row -> (N, d) embeddings to be carried over to `new` (N, d), of the same images.
+    """
     runs: Arms = {method: [] for method in METHODS}
     for seed in range(seeds):
         parts = divide(found, seed)
         for method, rows in runs.items():
             figures = color_figures(method, found, parts, seed) | light_figures(method, found, parts)
-            rows.append(figures | upgrade_figures(method, pair, seed))
+            for name, old in carried.items():
+                figures[name] = None if new is None else upgraded_recall(method, old, new, seed)
+            rows.append(figures)
     add_shares(runs)
     return runs
 
@@ -259,8 +265,10 @@ def main(
             raise CareHubError(f"'{data.dataset_name}' has no labeled test split.")
         chosen = split.take(random_subset(len(split), images + MORE))
         found = embed(loaded, chosen, images)
-        pair = (found.z, embed_view(load_encoder(later), chosen.pixels)) if later else None
-        for method, rows in measure(found, pair, seeds).items():
+        backbone = embed_view(loaded, chosen.pixels, space="backbone")
+        carried = {"upgrade": found.z, "upgrade_backbone": backbone}
+        new_z = embed_view(load_encoder(later), chosen.pixels) if later else None
+        for method, rows in measure(found, carried, new_z, seeds).items():
             arms[f"{title}, {method}"] = [rounded(row) for row in rows]
         to = f", carried over to {source_name(later)}" if later else ""
         measured.append(f"{title}: {source_name(source)}{to}")

@@ -121,7 +121,7 @@ def test_what_is_a_rotation_is_worth_as_much_as_embedding_anew(benchmark_module,
     found = uses.Embedded(labels, z, views, turns[1](z), turns[0](z), 0.002)
     for name, value in {"UPGRADE_PAIRS": 100, "DRAWS": 1, "STEPS": 20}.items():
         monkeypatch.setattr(uses, name, value)
-    runs = uses.measure(found, (z, turns[1](z)), seeds=1)
+    runs = uses.measure(found, {"upgrade": z}, turns[1](z), seeds=1)
     for turned, anew, stored in zip(*(runs[m] for m in ("rotation", uses.ANEW, uses.STORED)), strict=True):
         for row in uses.SHARED:
             assert turned[row] == pytest.approx(anew[row], abs=1.5), row
