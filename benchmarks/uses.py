@@ -9,9 +9,10 @@ On images that neither was trained on, for the encoder and for its twin without 
   color; tested on other images, as they are and in other colors;
 - test-time augmentation by the same 32: the mean of what a head says of an image and of its views, the head
   being trained on more labeled images, augmented in the same way;
-- another light, which a map from 200 pairs takes back: a linear head, kNN, and search for the same image;
+- another light, which a map from 200 pairs takes back: a linear head, kNN, and search for the same image among
+  1,000;
 - with --new (of the twin: --twin-new) another encoder: what maps from 1,000 pairs carry over to it, against
-  its own embeddings; from those that are stored, and from those of the backbone.
+  its own embeddings, among 1,000 others; from those that are stored, and from those of the backbone.
 
 Each seed divides the images anew into those that fit maps, labeled ones, and those that are tested. A share
 is that of what embedding anew wins; there is none where that is less than a point. Changes of color are
@@ -49,8 +50,8 @@ from care_hub.transformations import parse
 COLORS = AugmentationConfig(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=1.0)
 LIGHT = "gamma=1.2+brightness=0.8+white_balance=0.25"
 VIEWS, SHOTS, DRAWS = 32, (1, 5, 10), 4  # draws of the few labeled images, for each seed
-LIGHT_PAIRS, UPGRADE_PAIRS, UPGRADED = 200, 1000, 2000
-PENALTY, STEPS = 1e-2, 50  # of all heads
+LIGHT_PAIRS, UPGRADE_PAIRS, SEARCHED = 200, 1000, 1000
+PENALTY, STEPS = 1e-2, 30  # of all heads
 NEIGHBORS = 20  # that vote
 STORED, ANEW = "as stored", "embedded anew"
 MAPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -186,7 +187,7 @@ def light_figures(method: str, found: Embedded, parts: Parts) -> dict[str, float
     return {
         "light_head": top1(train(found.z[None, bank], labels[bank], classes), z[None], labels[test]),
         "light_knn": knn_top1(found.z[bank], labels[bank], z, labels[test], NEIGHBORS),
-        "light_search": 100 * retrieval(z, found.z[test])["hit_at_1"].mean().item(),
+        "light_search": 100 * retrieval(z[:SEARCHED], found.z[test[:SEARCHED]])["hit_at_1"].mean().item(),
     }
 
 
@@ -195,7 +196,7 @@ def upgraded_recall(method: str, old: Tensor, new: Tensor, seed: int) -> float |
     if method == ANEW:
         return 100.0
     order = permutation(len(old), seed, "upgrade")
-    pairs, rest = order[:UPGRADE_PAIRS], order[UPGRADE_PAIRS:][:UPGRADED]
+    pairs, rest = order[:UPGRADE_PAIRS], order[UPGRADE_PAIRS:][:SEARCHED]
     z = F.normalize(old, dim=1)
     if method in MAPS:
         kind = {"linear map": "linear", "rotation": "orthogonal"}[method]
