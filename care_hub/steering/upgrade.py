@@ -48,7 +48,7 @@ def upgrade(sources: Sequence[str], pairs: str, output: str, force: bool = False
     `sources`: files of `care-hub embed` (.parquet), or folders of such, of one encoder and one folder
     of images, read in constant memory. `pairs`: new embeddings of some of these images, by another
     encoder. `output`: a .parquet file of unit vectors, all of them mapped. Those in `pairs` are too:
-    a query is nearer to true embeddings than to mapped ones, and would find these images first.
+    a query is nearer to true embeddings than to mapped ones, and would find these images too often.
     Raises CareHubError, also where the map is not good enough, unless `force`.
     """
     target, files = Path(output), parquet_files(sources)
