@@ -160,6 +160,7 @@ def test_a_turned_query_finds_the_version_that_was_asked_for(benchmark_module):
     assert wrong["search_exact"] == 0
 
 
+@pytest.mark.launches
 def test_uses_and_search_are_measured_and_shown(benchmark_module, results, monkeypatch):
     name, data = "resnet10_w16_small.care_shapes", ("--dataset-name", "shapes")
     uses = benchmark_module("uses")
