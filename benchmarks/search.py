@@ -1,16 +1,18 @@
-"""How well search is steered, and told what to ignore or to match, by each of several transformations.
+"""How well search is steered, and told what to ignore or match, by each of several transformations.
 
     python benchmarks/search.py --dataset-name cifar10 --data-root CIFAR10
     python benchmarks/search.py --dataset-label clothing --data-root CLOTHING/train
     python benchmarks/search.py resnet10_w16_small.care_shapes --data-root CLOTHING/train
 
-Rotations are those of `care-hub rotations`, fitted to 1,000 images. On others, up to 2,001 of them:
+Rotations are those of `care-hub rotations`, fitted to 1,000 images. On others, up to 2,001 of
+them:
 
-- "this, brighter": the query is one image, turned by R; to be found is its brighter version, among 2,000
-  other images, itself, and four versions of it. Each of the four is asked for; chance among its own is
-  20 %;
-- ignored: how often an image finds its version, changed by a random strength, among the changed versions
-  of all; the control leaves out as many directions, those in which embeddings differ most;
+- "this, brighter": the query is one image, turned by R; to be found is its brighter version,
+  among 2,000 other images, itself, and four versions of it. Each of the four is asked for;
+  chance among its own is 20 %;
+- ignored: how often an image finds its version, changed by a random strength, among the changed
+  versions of all; the control leaves out as many directions, those in which embeddings differ
+  most;
 - matched: how much the five nearest neighbors agree in what the transformation changes;
 - the price of both: kNN for the label (20 neighbors, one half of the images for the other).
 

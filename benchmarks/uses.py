@@ -1,24 +1,26 @@
-"""What rotations of stored embeddings are good for, beside a linear map, nothing, and embedding anew.
+"""What rotations of stored embeddings are good for, beside other maps, nothing, and embedding anew.
 
     python benchmarks/uses.py --data-root CIFAR10 --twin runs/paper/cifar10_small-longer-0 \\
         --new runs/paper/cifar10_small-steering-first-1 --twin-new runs/paper/cifar10_small-longer-1
 
-On images that neither was trained on, for the encoder and for its twin without the equivariance loss
-(λ = 0):
+On images that neither was trained on, for the encoder and for its twin without the equivariance
+loss (λ = 0):
 
-- heads on 1, 5 and 10 labeled images of each class, whose stored embeddings are augmented by 32 changes
-  of color; tested on other images, as they are and in other colors;
-- test-time augmentation by the same 32: the mean of what a head says of an image and of its views, the
-  head being trained on more labeled images, augmented in the same way;
-- another light, which a map from 200 pairs takes back: a linear head, kNN, and search for the same image
-  among 1,000;
-- with --new (of the twin: --twin-new) another encoder: what maps from 1,000 pairs carry over to it,
-  against its own embeddings, among 1,000 others; from those that are stored, and from the backbone's.
+- heads on 1, 5 and 10 labeled images of each class, whose stored embeddings are augmented by 32
+  changes of color; tested on other images, as they are and in other colors;
+- test-time augmentation by the same 32: the mean of what a head says of an image and of its
+  views, the head being trained on more labeled images, augmented in the same way;
+- another light, which a map from 200 pairs takes back: a linear head, kNN, and search for the
+  same image among 1,000;
+- with --new (of the twin: --twin-new) another encoder: what maps from 1,000 pairs carry over to
+  it, against its own embeddings, among 1,000 others; from those that are stored, and from the
+  backbone's.
 
-Each seed divides the images anew into those that fit maps, labeled ones, and those that are tested. A
-share is that of what embedding anew wins; there is none where that is less than a point. Changes of color
-are random, of brightness, contrast, saturation (by up to 40 %) and hue (a tenth of the circle), each the
-same for all images. Writes results/uses.json and the tables in docs/results.md.
+Each seed divides the images anew into those that fit maps, labeled ones, and those that are
+tested. A share is that of what embedding anew wins; there is none where that is less than a
+point. Changes of color are random, of brightness, contrast, saturation (by up to 40 %) and hue
+(a tenth of the circle), each the same for all images. Writes results/uses.json and the tables in
+docs/results.md.
 """
 
 import statistics
@@ -193,7 +195,7 @@ def light_figures(method: str, found: Embedded, parts: Parts) -> dict[str, float
 
 
 def upgraded_recall(method: str, old: Tensor, new: Tensor, seed: int) -> float | None:
-    """recall@10 in percent, among images that are not among the pairs; None where dimensions differ."""
+    """recall@10 in percent, among images not among the pairs; None where dimensions differ."""
     if method == ANEW:
         return 100.0
     order = permutation(len(old), seed, "upgrade")
@@ -206,7 +208,7 @@ def upgraded_recall(method: str, old: Tensor, new: Tensor, seed: int) -> float |
 
 
 def add_shares(runs: Arms) -> None:
-    """To the rows of `runs` (method -> seeds): the share of what embedding anew wins over what is stored.
+    """To the rows of `runs` (method -> seeds): the share of what embedding anew wins over `STORED`.
 
     In percent of the mean over seeds, so that the mean of the shares is the ratio of the means.
     """
