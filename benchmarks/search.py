@@ -2,7 +2,8 @@
 
     python benchmarks/search.py --dataset-name cifar10 --data-root CIFAR10
     python benchmarks/search.py --dataset-label clothing --data-root CLOTHING/train
-    python benchmarks/search.py resnet10_w16_small.care_shapes --data-root CLOTHING/train
+    python benchmarks/search.py resnet10_w16_small.care_shapes --dataset-label clothing \\
+        --data-root CLOTHING/train
 
 Rotations are those of `care-hub rotations`, fitted to 1,000 images. On others, up to 2,001 of
 them:
