@@ -1,7 +1,7 @@
 """Figures of runs: kept in results/*.json, shown as tables in docs/results.md.
 
 A file of results has `recipe` (the heading), `settings` (words), and `arms`: title -> [{name of a row: value}
-for each seed].
+for each seed]. A value is None where an arm has none by its nature, which the table shows as a dash.
 """
 
 import json
@@ -18,7 +18,7 @@ from care_hub.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-Arms = dict[str, list[dict[str, float]]]
+Arms = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,19 @@ class Row:
     """A row of the table."""
 
     name: str  # in results/<recipe>.json
-    metric: str  # in METRICS: which values are better
+    metric: str  # in METRICS: which values are better; empty where no column is to be marked
     digits: int
     title: str = ""  # where that of the metric does not say enough
 
     @property
     def heading(self) -> str:
-        metric = METRICS[self.metric]
-        return self.title or f"{metric.title}, {metric.unit}".removesuffix(", ")
+        return self.title or ", ".join(filter(None, (METRICS[self.metric].title, METRICS[self.metric].unit)))
 
     @property
     def sign(self) -> int:
         """1 where higher values are better, -1 where lower ones are, 0 where neither is."""
-        return {"higher": 1, "lower": -1, "": 0}[METRICS[self.metric].better]
+        better = METRICS[self.metric].better if self.metric else ""
+        return {"higher": 1, "lower": -1, "": 0}[better]
 
 
 ROWS = (
@@ -77,6 +77,51 @@ ROWS = (
     ),
     Row("color_fitted", "cosine_unrotated", 3, "the same of the fitted R_ba f(x)"),
     Row("crop_rotation_invariance_ratio", "rotation_invariance_ratio", 3, "crop, rotation / invariance"),
+    # benchmarks/uses.py: no column is marked, for one of them is what the others are compared with.
+    Row("shots_1", "", 1, "head on 1 image per class, top-1, %"),
+    Row("shots_1_share", "", 0, "the same, share of what embedding anew wins, %"),
+    Row("shots_1_changed", "", 1, "the same head on images in other colors"),
+    Row("shots_1_changed_share", "", 0, "the same, share, %"),
+    Row("shots_5", "", 1, "head on 5 images per class"),
+    Row("shots_5_share", "", 0, "the same, share, %"),
+    Row("shots_5_changed", "", 1, "in other colors"),
+    Row("shots_5_changed_share", "", 0, "the same, share, %"),
+    Row("shots_10", "", 1, "head on 10 images per class"),
+    Row("shots_10_share", "", 0, "the same, share, %"),
+    Row("shots_10_changed", "", 1, "in other colors"),
+    Row("shots_10_changed_share", "", 0, "the same, share, %"),
+    Row("tta", "", 1, "test-time augmentation, top-1, %"),
+    Row("tta_share", "", 0, "the same, share, %"),
+    Row("views_seconds", "", 3, "processor, seconds for 32 views of 1,000 images"),
+    Row("light_head", "", 1, "another light, linear head, top-1, %"),
+    Row("light_head_share", "", 0, "the same, share of the loss won back, %"),
+    Row("light_knn", "", 1, "another light, kNN, top-1, %"),
+    Row("light_knn_share", "", 0, "the same, share, %"),
+    Row("light_search", "", 1, "another light, the same image found, %"),
+    Row("light_search_share", "", 0, "the same, share, %"),
+    Row("upgrade", "", 1, "another encoder, recall@10, %"),
+    Row("upgrade_backbone", "", 1, "the same, carried over from the backbone's embeddings"),
+    # benchmarks/search.py: columns are transformations.
+    Row("motion", "", 3, "motion"),
+    Row("same_image_hit_at_1", "", 1, "same image, found by R f(x), %"),
+    Row("same_image_hit_at_1_linear", "", 1, "found by a linear map, %"),
+    Row("cosine", "", 3, "cosine of R f(x) with f(ax)"),
+    Row("cosine_unrotated", "", 3, "cosine of f(x) with f(ax)"),
+    Row("search_exact", "", 1, '"this, brighter": the right version on top, %'),
+    Row("search_exact_unsteered", "", 1, "the same, not turned"),
+    Row("search_version", "", 1, "any version of the query on top, %"),
+    Row("search_version_unsteered", "", 1, "the same, not turned"),
+    Row("directions", "", 0, "directions that it moves"),
+    Row("found", "", 1, "changed image found, %"),
+    Row("found_ignored", "", 1, "the same, ignored"),
+    Row("found_control", "", 1, "the same, as many other directions left out"),
+    Row("agreement", "", 3, "neighbors agree in what it changes, R²"),
+    Row("agreement_matched", "", 3, "the same, matched"),
+    Row("distance", "", 3, "distance of neighbors in it, of any two images 1"),
+    Row("distance_matched", "", 3, "the same, matched"),
+    Row("knn", "", 1, "kNN, label, %"),
+    Row("knn_ignored", "", 1, "the same, ignored"),
+    Row("knn_matched", "", 1, "the same, matched"),
     Row("price", "training_seconds", 0, "price, steps of λ = 0"),
     Row("training_minutes", "training_seconds", 1, "minutes of training"),
     Row("images_per_second", "images_per_second", 0),
@@ -107,18 +152,18 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def cells(row: Row, values: list[list[float]]) -> list[str]:
+def cells(row: Row, values: list[list[float | None]]) -> list[str]:
     """For each arm; the best is bold where it leads the second by more than the larger standard deviation."""
-    means = [statistics.mean(v) for v in values]
-    deviations = [statistics.stdev(v) if len(v) > 1 else None for v in values]
-    known = [deviation for deviation in deviations if deviation is not None]
-    texts = [
-        f"{mean:.{row.digits}f}" + ("" if deviation is None else f" ± {deviation:.{row.digits}f}")
-        for mean, deviation in zip(means, deviations, strict=True)
-    ]
-    if row.sign and len(known) == len(values) > 1:
-        *_, second, best = sorted(range(len(means)), key=lambda k: row.sign * means[k])
-        if abs(means[best] - means[second]) > max(known):
+    known = {k: v for k, v in enumerate(values) if None not in v}
+    means = {k: statistics.mean(v) for k, v in known.items()}
+    deviations = {k: statistics.stdev(v) for k, v in known.items() if len(v) > 1}
+    texts = ["–"] * len(values)
+    for k, mean in means.items():
+        deviation = f" ± {deviations[k]:.{row.digits}f}" if k in deviations else ""
+        texts[k] = f"{mean:.{row.digits}f}{deviation}"
+    if row.sign and len(deviations) == len(values) > 1:
+        *_, second, best = sorted(means, key=lambda k: row.sign * means[k])
+        if abs(means[best] - means[second]) > max(deviations.values()):
             texts[best] = f"**{texts[best]}**"
     return texts
 
@@ -136,7 +181,7 @@ def write_results(name: str, heading: str, settings: str, arms: Arms) -> str:
     folder = ROOT / "results"
     write_text(folder / f"{name}.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     files = sorted(folder.glob("*.json"), reverse=True)
-    files.sort(key=lambda file: file.name.startswith(("frozen", "transfer")))
+    files.sort(key=lambda file: file.name.startswith(("frozen", "search", "transfer", "uses")))
     found = [json.loads(file.read_text()) for file in files]
     tables = [table(other) for other in found if "arms" in other]  # peers.json has none
     write_section(ROOT / "docs" / "results.md", "\n\n".join(tables))

@@ -1,18 +1,23 @@
 """Benchmarks: what is compared is what the table says, and a label that they make up follows its rule."""
 
 import importlib
+import re
 from types import ModuleType
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from click import ClickException
-from helpers import ROOT
+from helpers import ROOT, command, fitted
 
 from care_hub import cli
 from care_hub.config import TrainConfig
+from care_hub.data import shapes
 from care_hub.evaluate.linear import fit_linear
+from care_hub.hub.rotation_set import RotationSet
 from care_hub.metrics import knn_scores
+from care_hub.rotation import Rotation
 from care_hub.schedule import Plan
 
 IMAGES = {"shapes": 5000, "cifar10_small": 50000, "shapes_moco": 5000}
@@ -133,3 +138,87 @@ def test_a_step_sends_a_dozen_small_tensors_and_waits_for_no_device(options, ben
     pairs = 1 if options.get("views") == "shared" or options.get("weight") == 0 else 2
     assert 4 * pairs <= len(sent) <= 12
     assert sum(sent) <= 32 * 8 + pairs * 64 * 128  # bytes: of indices, and for each view
+
+
+@pytest.fixture
+def results(benchmark_module, tmp_path, monkeypatch):
+    """A repository of its own, for the tables."""
+    tables = benchmark_module("result_tables")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(shapes, "SIZES", {"train": 10, "test": 60})
+    for folder in ("docs", "results"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "docs" / "results.md").write_text(f"{tables.BEGIN}\n{tables.END}\n")
+    return tmp_path
+
+
+def clusters(count: int, d: int, classes: int = 4):
+    """Labels, and unit vectors around a direction of each class."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % classes
+    z = torch.randn(classes, d, generator=generator)[labels]
+    return labels, F.normalize(z + 0.7 * torch.randn(count, d, generator=generator), dim=1)
+
+
+def test_what_is_a_rotation_is_worth_as_much_as_embedding_anew(benchmark_module, monkeypatch):
+    uses = benchmark_module("uses")
+    labels, z = clusters(300, 8)
+    turns = [Rotation.random(8, seed).power(0.4) for seed in range(3)]
+    views = torch.stack([r(z[:200]) for r in turns])
+    found = uses.Embedded(labels, z, views, turns[1](z), turns[0](z), 0.002)
+    for name, value in {"UPGRADE_PAIRS": 100, "DRAWS": 1, "STEPS": 20}.items():
+        monkeypatch.setattr(uses, name, value)
+    runs = uses.measure(found, {"upgrade": z}, turns[1](z), seeds=1)
+    for turned, anew, stored in zip(*(runs[m] for m in ("rotation", uses.ANEW, uses.STORED)), strict=True):
+        for row in uses.SHARED:
+            assert turned[row] == pytest.approx(anew[row], abs=1.5), row
+        assert turned["light_search"] == 100 > stored["light_search"] + 20
+        assert turned["upgrade"] == 100 > stored["upgrade"] + 20
+        assert turned["light_search_share"] == pytest.approx(100, abs=5)
+        assert stored["light_search_share"] is None
+        assert anew["views_seconds"] == 1000 * uses.VIEWS * 0.002 and stored["views_seconds"] == 0
+
+
+def test_a_share_is_that_of_what_embedding_anew_wins(benchmark_module):
+    uses = benchmark_module("uses")
+    values = {uses.STORED: (40, 50), "rotation": (46, 53), "linear map": (40, 47), uses.ANEW: (52, 58)}
+    runs = {name: [dict.fromkeys(uses.SHARED, v) for v in found] for name, found in values.items()}
+    for rows in runs.values():
+        for row in rows:
+            row["tta"] = 50
+    uses.add_shares(runs)
+    assert [row["shots_5_share"] for row in runs["rotation"]] == [60, 30]
+    assert [row["shots_5_share"] for row in runs["linear map"]] == [0, -30]
+    assert {row["tta_share"] for rows in runs.values() for row in rows} == {None}
+    assert {row["shots_5_share"] for row in runs[uses.ANEW]} == {None}
+
+
+def test_a_turned_query_finds_the_version_that_was_asked_for(benchmark_module):
+    search = benchmark_module("search")
+    _, z = clusters(60, 8)
+    turns = {0.5: Rotation.random(8, 1).power(0.3), 2.0: Rotation.random(8, 2).power(0.3)}
+    matrices = torch.stack([r.matrix for r in turns.values()])
+    found = RotationSet({"brightness": fitted("brightness", [0.5, 2.0])}, {"brightness": matrices})
+    changed = {strength: r(z[:20]) for strength, r in turns.items()}
+    row = search.steered(found, "brightness", z, changed)
+    assert row["search_exact"] == row["search_version"] == 100
+    assert row["search_exact_unsteered"] == 0 and row["search_version_unsteered"] == 100
+    wrong = search.steered(found, "brightness", z, {0.5: changed[2.0], 2.0: changed[0.5]})
+    assert wrong["search_exact"] == 0
+
+
+@pytest.mark.launches
+def test_uses_and_search_are_measured_and_shown(benchmark_module, results, monkeypatch):
+    name, data = "resnet10_w16_small.care_shapes", ("--dataset-name", "shapes")
+    uses = benchmark_module("uses")
+    for attribute, value in {"VIEWS": 2, "DRAWS": 1, "STEPS": 2}.items():
+        monkeypatch.setattr(uses, attribute, value)
+    command(uses.main, "--encoder", name, "--twin", name, "--images", "40", "--seeds", "1", *data)
+    command(benchmark_module("search").main, name, "--transform", "brightness", *data)
+    page = (results / "docs" / "results.md").read_text()
+    assert (
+        "| | CARE, as stored | CARE, linear map | CARE, rotation | CARE, embedded anew | λ = 0, as stored |"
+        in page
+    )
+    assert re.search(r"\| another light, the same image found, % \| [\d.]+ \|", page)
+    assert re.search(r"\| \| brightness, (not )?steerable \|", page) and "right version on top" in page

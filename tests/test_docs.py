@@ -51,7 +51,7 @@ REPLACED = {  # in the text of every block
     "YOUR_NAME": "alice",  # the user of the loopback Hub
     "TrainConfig(": "TrainConfig(max_steps=2, projection_hidden=32, mixed_precision='no', ",
 }
-OTHERS = ("faiss", "lancedb", "onnxruntime", "sentence_transformers", "transformers")  # of other people
+OTHERS = ("faiss", "lancedb", "onnxruntime", "sentence_transformers", "transformers", "usearch")
 NEEDED = {"add_faiss_index": "faiss", "torch.onnx": "onnxscript"}  # by what does not name it
 SHORT_RUN = ("--projection-hidden", "32", "--mixed-precision", "no", "--max-steps")
 FEW_SHAPES = {"train": 500, "test": 200}
@@ -202,6 +202,17 @@ def test_code_runs(page, reader, server):
             (reader / title[1]).write_text(code)
     if missing:
         pytest.skip(f"not installed: {', '.join(sorted(missing))}; the rest has run")
+
+
+@pytest.mark.parametrize("package", ["faiss", "usearch"])
+def test_a_query_serves_the_index_of(package):
+    pytest.importorskip(package)
+    codes = [code for _, _, code in blocks(ROOT / "docs" / "rotations.md")]
+    (code,) = [code for code in codes if code.startswith((f"import {package}", f"from {package}"))]
+    z = torch.nn.functional.normalize(torch.randn(41, 128, generator=torch.Generator().manual_seed(0)))
+    namespace = {"stored": z[1:].numpy(), "query": z[:1].numpy()}
+    exec(code, namespace)
+    assert namespace["nearest"].ravel().tolist() == (z[1:] @ z[0]).topk(10).indices.tolist()
 
 
 def test_all_code_is_in_a_language_that_is_run():

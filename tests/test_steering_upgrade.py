@@ -55,7 +55,7 @@ def pairs(tmp_path):
 
 def test_a_rotation_between_two_encoders_is_found_and_carries_all_over(old, pairs, tmp_path):
     said = care_hub_command("upgrade", old, "--pairs", pairs, "-o", tmp_path / "up.parquet")
-    assert "900 embeddings of 8 numbers" in said and "400 of them true" in said
+    assert "900 embeddings of 8 numbers" in said
     assert "orthogonal map of 300 pairs, on 100 others: recall@10 100.0 %" in said
     names, z, about = read_embeddings(tmp_path / "up.parquet")
     assert names == NAMES
@@ -63,7 +63,7 @@ def test_a_rotation_between_two_encoders_is_found_and_carries_all_over(old, pair
     assert {key: about[key] for key in NEW} == NEW and about["images"] == "/images"
     origin = json.loads(about["carried_over"])
     assert (origin["from"], origin["from_name"], origin["map"]) == ("old", "old/name", "orthogonal")
-    assert (origin["true_embeddings"], origin["fitted_pairs"], origin["measured_pairs"]) == (400, 300, 100)
+    assert (origin["fitted_pairs"], origin["measured_pairs"]) == (300, 100)
     assert origin["recall_at_10"] == 100 and origin["recall_at_10_without_map"] < 50
     assert origin["cosine"] == pytest.approx(1) and origin["cosine_without_map"] < 0.9
 
@@ -81,16 +81,16 @@ def test_spaces_may_differ_in_dimensions(old, tmp_path, d):
     assert json.loads(about["carried_over"])["recall_at_10_without_map"] is None
 
 
-def test_a_linear_map_is_taken_where_it_is_better_and_true_embeddings_stay(old, tmp_path):
+def test_a_linear_map_is_taken_where_it_is_better_and_maps_all(old, tmp_path):
     stretched = unit(TURNED * 2.0 ** np.arange(-4, 4))
     pairs = write(tmp_path / "new.parquet", NAMES[:400], 3 * stretched[:400], NEW)
     upgrade([old], pairs, str(tmp_path / "up.parquet"))
     _, z, about = read_embeddings(tmp_path / "up.parquet")
     origin = json.loads(about["carried_over"])
     assert origin["map"] == "linear" and origin["recall_at_10"] > 50
-    np.testing.assert_allclose(z[:400], stretched[:400], atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, atol=1e-6)
-    assert origin["cosine"] == pytest.approx((z * stretched)[400:].sum(axis=1).mean(), abs=0.02)
+    for rows in (slice(0, 400), slice(400, N)):  # those among the pairs are no nearer to the truth
+        assert origin["cosine"] == pytest.approx((z * stretched)[rows].sum(axis=1).mean(), abs=0.02)
 
 
 def test_what_can_not_be_carried_over_is_refused_and_leaves_no_file(old, pairs, tmp_path):

@@ -47,8 +47,9 @@ def upgrade(sources: Sequence[str], pairs: str, output: str, force: bool = False
 
     `sources`: files of `care-hub embed` (.parquet), or folders of such, of one encoder and one folder
     of images, read in constant memory. `pairs`: new embeddings of some of these images, by another
-    encoder. `output`: a .parquet file of unit vectors, of which those in `pairs` are as there. Raises
-    CareHubError, also where the map is not good enough, unless `force`.
+    encoder. `output`: a .parquet file of unit vectors, all of them mapped. Those in `pairs` are too:
+    a query is nearer to true embeddings than to mapped ones, and would find these images too often.
+    Raises CareHubError, also where the map is not good enough, unless `force`.
     """
     target, files = Path(output), parquet_files(sources)
     if target.suffix != ".parquet":
@@ -83,13 +84,12 @@ def upgrade(sources: Sequence[str], pairs: str, output: str, force: bool = False
         "from_name": old.get("encoder_name", ""),
         "from_space": old["space"],
     }
-    origin |= {"map": fit.name, "true_embeddings": len(found)} | fit.measured
+    origin |= {"map": fit.name} | fit.measured
     about = {key: new.get(key, "") for key in ("encoder", "space", "encoder_name", "revision")}
     about |= {"images": old.get("images", ""), "carried_over": json.dumps(origin)}
     with replacement(target) as new_file:
-        rows = _carry_over(files, d, fit.matrix.float().numpy(), known)
-        write_named_embeddings(new_file, len(fit.matrix), rows, about)
-    written = f"{count:,} embeddings of {len(fit.matrix)} numbers in {target}, {len(found):,} of them true"
+        write_named_embeddings(new_file, len(fit.matrix), _carry_over(files, d, fit), about)
+    written = f"{count:,} embeddings of {len(fit.matrix)} numbers in {target}"
     return printable(f"{written}; {_quality(fit)}")
 
 
@@ -183,17 +183,12 @@ def _find(files: Sequence[Path], d: int, known: dict[str, np.ndarray]) -> tuple[
     return found, count
 
 
-def _carry_over(
-    files: Sequence[Path], d: int, matrix: np.ndarray, known: dict[str, np.ndarray]
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Names and new embeddings: those `known`, and all others by the map `matrix` (d_new, d_old)."""
+def _carry_over(files: Sequence[Path], d: int, fit: Fit) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Names and new embeddings."""
+    matrix = fit.matrix.T.float().numpy()
     for path in files:
         for names, z in stream_named_embeddings(path, d):
-            carried = _unit(z @ matrix.T)
-            for row, name in enumerate(names):
-                if name in known:
-                    carried[row] = known[name]
-            yield names, carried
+            yield names, _unit(z @ matrix)
 
 
 def _quality(fit: Fit) -> str:
