@@ -162,14 +162,12 @@ class Group(click.Group):
 def use_all_cores() -> None:
     """Share the cores among this machine's processes: launchers ask for one thread each.
 
-    One thread is left where a user asked for it. Threads wait without spinning. Before torch is imported,
-    which reads both then.
+    One thread is left where a user asked for it. Before torch is imported, which reads the number then.
     """
     given, launched = os.environ.get("OMP_NUM_THREADS"), os.environ.keys() & LAUNCHED
     if not given or (given == "1" and launched and not one_thread_is_wanted()):
         share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         os.environ["OMP_NUM_THREADS"] = str(max(1, share))
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # benchmarks/threads.py
 
 
 def one_thread_is_wanted() -> bool:
