@@ -173,9 +173,13 @@ def read_tensors(path: Path, own: dict[str, Tensor] | None = None) -> dict[str, 
     own = header if own is None else own
     check_tensors(header, own, path)
     with _opened(path) as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+        state = _values(file)
     check_tensors(state, own, path)
     return state
+
+
+def _values(file: safe_open) -> dict[str, Tensor]:
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
 
 
 def check_tensors(found: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> None:

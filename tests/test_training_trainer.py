@@ -481,7 +481,8 @@ def test_real_cifar10_trains(shared, tmp_path):
 
 
 @pytest.mark.launches
-def test_accelerate_launch_uses_all_cores(tmp_path):
+def test_accelerate_launch_uses_all_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # which commands in this process set
     done = train(tmp_path, "--dry-run", launcher=("python", "-m", "accelerate.commands.launch"))
     assert f"CPU, {torch.get_num_threads()} threads" in done.stdout or "cuda" in done.stdout.lower()
     assert not list(tmp_path.iterdir())
