@@ -90,7 +90,7 @@ def test_cifar_checkpoints(depth, tmp_path):
     assert care["converted_from"] == "c.pth.tar" and care["epoch"] == 7
 
 
-@pytest.mark.launches
+@pytest.mark.slow
 def test_imagenet_checkpoints_of_both_methods(tmp_path):
     torch.manual_seed(0)
     model = saved(PublicImageNet(True), tmp_path / "i.pth.tar", arch="resnet50")

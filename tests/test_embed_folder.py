@@ -83,7 +83,7 @@ def test_the_installed_command_on_one_image(tiny_run, photos, tmp_path):
     assert np.load(output).shape == (1, care_hub.load_encoder(tiny_run).backbone.num_features)
 
 
-@pytest.mark.launches
+@pytest.mark.slow
 def test_two_processes_write_what_one_reads(tiny_run, many, tmp_path):
     done = run(*TWO_PROCESSES, *launched(tiny_run, many, tmp_path / "out.npy"))
     assert done.stdout.count("5,000 embeddings") == 1 and [p.name for p in tmp_path.iterdir()] == ["out.npy"]
@@ -118,7 +118,7 @@ def test_a_killed_command_resumes(tiny_run, many, tmp_path):
     np.testing.assert_allclose(z[fresh], expected[fresh], atol=1e-5)
 
 
-@pytest.mark.launches
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_embeddings(tiny_run, many, tmp_path, monkeypatch):
     """One part at a time is in memory, on the way out too."""
     monkeypatch.setattr(embed_folder, "PART", 64)

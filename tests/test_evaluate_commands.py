@@ -220,6 +220,7 @@ def test_encoders_side_by_side(encoder, photos, tmp_path):
         assert read_record(folder)["equivariance"][photos.name] == first
 
 
+@pytest.mark.slow
 def test_two_processes_measure_equivariance_once(encoder, photos, tmp_path):
     """The second used to measure too, and to write the same files at the same time."""
     words = on(photos, "--draws", 1, "-o")

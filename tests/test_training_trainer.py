@@ -471,7 +471,7 @@ def test_a_dry_run_reads_no_image(odd_data, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.launches
+@pytest.mark.slow
 def test_real_cifar10_trains(shared, tmp_path):
     root = shared("data/cifar10")
     flags = ("--dataset-name", "cifar10", "--data-root", root, "--max-steps", "2", "--run-name", "c")
