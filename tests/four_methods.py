@@ -104,7 +104,8 @@ def main(save_root: str, data_root: str, *groups: str) -> None:
             if job.endswith(":resumed"):
                 saved = f"{save_root}/2/{job.removesuffix(':resumed')}"
                 last = shutil.ignore_patterns(f"step-{int(job.split(':')[1]):08d}")
-                shutil.copytree(saved, f"{save_root}/{processes}/{job}", ignore=last)
+                if not (target := Path(save_root, processes, job)).is_dir():  # a campaign has its own
+                    shutil.copytree(saved, target, ignore=last)
         arguments = (f"{save_root}/{processes}", data, jobs)
         if processes in ("", "1"):
             train_all(*arguments)

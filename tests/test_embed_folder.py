@@ -343,8 +343,8 @@ def test_odd_names_end_no_command_on_a_real_terminal(odd_names, tmp_path):
     done = run("python", "-m", "care_hub", *words, env={"PYTHONIOENCODING": "ascii"})
     assert "caf\\udce9.png" in done.stdout
     output = tmp_path / os.fsdecode(b"\xe9.npy")
-    assert "5 embeddings of 128 numbers" in embed(odd_names, "--encoder", name, "-o", output)
-    assert output.is_file()
+    done = run("python", "-m", "care_hub", "embed", odd_names, "--encoder", name, "-o", output)
+    assert "5 embeddings of 128 numbers" in done.stdout and output.is_file()
 
 
 def test_files_of_embeddings_follow_the_umask(tiny_run, photos, tmp_path):

@@ -93,7 +93,7 @@ def test_former_names_are_read_and_new_ones_written(export):
     assert "| grayscale | - |" in (export / "README.md").read_text()
 
 
-ADD_60 = """
+ADD_250 = """
 import sys
 from pathlib import Path
 import torch
@@ -104,9 +104,9 @@ from care_hub.hub.linear_head import LinearHead
 folder, name = Path(sys.argv[1]), sys.argv[2]
 print("ready", flush=True)
 sys.stdin.readline()
-for k in range(60):
+for k in range(250):
     add_result(folder, "accuracy", "shapes", {f"{name} {k}": {"top1": float(k)}})
-    if k % 20 == 0:
+    if k % 50 == 0:
         LinearHead(f"{name}{k}", torch.ones(2, 128), torch.ones(2), ["a", "b"], {"top1": 1.0}).save(folder)
 write_card(folder)
 """
@@ -117,7 +117,7 @@ def test_two_processes_that_record_at_the_same_time_lose_nothing(export):
     before = set(visible(export))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", ADD_60, str(export), name],
+            [sys.executable, "-c", ADD_250, str(export), name],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -133,9 +133,9 @@ def test_two_processes_that_record_at_the_same_time_lose_nothing(export):
         process.stdin.flush()
     assert [process.communicate(timeout=240)[1] for process in processes] == ["", ""]
     labels = read_record(export)["accuracy"]["shapes"]
-    assert set(labels) == {f"{name} {k}" for name in ("one", "two") for k in range(60)}
-    heads = {f"linear_head.{name}{k}.safetensors" for name in ("one", "two") for k in range(0, 60, 20)}
+    assert set(labels) == {f"{name} {k}" for name in ("one", "two") for k in range(250)}
+    heads = {f"linear_head.{name}{k}.safetensors" for name in ("one", "two") for k in range(0, 250, 50)}
     assert set(visible(export)) - before == heads | {"evaluation.json"}
     assert heads < {head_file_name(head.dataset) for head in read_heads(export)}
     card = (export / "README.md").read_text()
-    assert "| one 59 top-1 (backbone) |" in card and "| two 59 top-1 (backbone) |" in card
+    assert "| one 249 top-1 (backbone) |" in card and "| two 249 top-1 (backbone) |" in card
