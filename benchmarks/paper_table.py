@@ -13,32 +13,36 @@ shows all that is there, also what other processes have measured, and arms whose
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import click
 from result_tables import ROOT, ROWS, Arms, hardware, recorded, write_results
 
 from care_hub import cli
 from care_hub.augment import AugmentationConfig
-from care_hub.config import AUGMENTATION, TrainConfig, read_yaml, to_yaml
+from care_hub.config import AUGMENTATION, DataConfig, EvalConfig, TrainConfig, read_yaml
 from care_hub.data.images import Images
 from care_hub.data.sources import load_splits
+from care_hub.evaluate import commands
 from care_hub.evaluate.attributes import probe_attributes
 from care_hub.evaluate.commands import PROBE_IMAGES
 from care_hub.evaluate.equivariance import composed_cosines, measure_equivariance
 from care_hub.evaluate.features import random_subset
 from care_hub.factory import load_encoder
-from care_hub.files import make_folder, write_text
+from care_hub.files import write_text
 from care_hub.hub.evaluation_record import read_record
 from care_hub.schedule import Plan
+from care_hub.training import trainer
 from care_hub.training.batches import training_augmentation
 
-LABEL_FRACTIONS = (0.01, 0.1)
+LABEL_FRACTIONS = (1, 0.01, 0.1)
 FAMILIES = {"recipe": "full recipe", "color": "color", "hue": "hue", "crop": "crop"}  # names in results
 IMAGES = 2000  # test images: half to fit rotations, half to measure them
 
@@ -55,6 +59,9 @@ class Arm:
 LATE: dict[str, Any] = {"weight_start_epochs": None, "weight_warmup_epochs": None}  # by default
 ONE_HEAD: dict[str, Any] = {"steering_head": False, "equivariant_batch_size": None, "equiv_splits": 8}
 SAME: dict[str, Any] = {f"equivariance_{name}": None for name in AUGMENTATION} | {"equivariance_crop": True}
+MOCO = read_yaml("shapes_moco")
+# Found on a validation fifth with seed 3, among what results/tried/settings.json has: experiments/settings.py.
+TUNED: dict[str, dict[str, Any]] = {"shapes": {}, "cifar10_small": {}}
 STEERING = {"steering_head": True, "steering_uniformity": 0.1, "weight": 4.0}
 ARMS = {
     "shapes": {
@@ -67,8 +74,10 @@ ARMS = {
             "CARE with a steering head",
             STEERING | {"weight_start_epochs": 16, "weight_warmup_epochs": 1, "epochs": 20},
         ),
-        "plain": Arm("λ = 0", {"weight": 0.0, "epochs": 12}),
+        "plain": Arm("λ = 0", {"weight": 0.0}),
         "longer": Arm("λ = 0, as long", {"weight": 0.0}, as_long_as="steering-head"),
+        "tuned": Arm("λ = 0, tuned", {"weight": 0.0} | TUNED["shapes"], as_long_as="steering-head"),
+        "moco": Arm("CARE on MoCo", MOCO),
     },
     "cifar10_small": {
         "steering-head": Arm("steering head"),
@@ -76,9 +85,11 @@ ARMS = {
             "steering first", {"jitter_p": 0.0, "grayscale": 0.0, "weight": 1.5, "projection_hidden": 512}
         ),
         "composing": Arm("steering head, temperature 0.15", {"steering_temperature": 0.15}),
+        "care": Arm("CARE from the start", ONE_HEAD | SAME | {"weight": 1.5}),
         "late": Arm("CARE late", ONE_HEAD | SAME | LATE | {"weight": 1.5}),
         "plain": Arm("λ = 0", {"weight": 0.0}),
         "longer": Arm("λ = 0, as long", {"weight": 0.0}, as_long_as="steering-head"),
+        "tuned": Arm("λ = 0, tuned", {"weight": 0.0} | TUNED["cifar10_small"], as_long_as="steering-head"),
     },
 }
 OTHERS = {  # of any other recipe
@@ -103,28 +114,31 @@ def run_command(*words: object) -> None:
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def train(run: Path, options: dict[str, Any], recipe: str) -> None:
+def train(run: Path, options: dict[str, Any], recipe: str, splits: tuple[Images, Images]) -> None:
     """Train `run`, or resume it, unless it is finished. Raises CareHubError if it had other options."""
     place = {"save_root": str(run.parent), "run_name": run.name, "resume": "auto"}
-    config, file = cli.resolve(options | place, recipe), run.parent / f"{run.name}.yaml"
-    if not (run / "results.json").is_file():
-        make_folder(run.parent)
-        write_text(file, to_yaml(config))
-        run_command(ROOT / "train.py", "--config", file, "--resume", "auto")
+    with patch.object(trainer, "load_splits", lambda *_, **__: splits):  # read once for all
+        trainer.train(cli.resolve(options | place, recipe))
 
 
-def measure_accuracy(run: Path, dataset: str, data: list[str]) -> dict[str, Any]:
+def measure_accuracy(run: Path, data: dict[str, Any], splits: tuple[Images, Images]) -> dict[str, Any]:
     """Protocol -> results of `run`; those that are not recorded are measured."""
-    recorded = read_record(run / "export").get("accuracy", {}).get(dataset, {})
-    probe = [ROOT / "eval_linear.py", "--encoder", run, "--dataset-name", dataset, *data]
-    if "linear probe" not in recorded:
-        run_command(*probe)
-    for fraction in LABEL_FRACTIONS:
-        if few_labels(fraction) not in recorded:
-            run_command(*probe, "--label-fraction", fraction, "--seeds", 3)
-    if "kNN" not in recorded:
-        run_command("-m", "care_hub", "knn", run, "--dataset-name", dataset, *data)
-    return read_record(run / "export")["accuracy"][dataset]
+    (label, common), tuned = (data["dataset_name"], data | {"encoder": str(run)}), run / "finetuned"
+
+    def found(folder: Path) -> dict[str, Any]:
+        return read_record(folder).get("accuracy", {}).get(label, {})
+
+    with patch.object(commands, "open_splits", lambda *_: splits):
+        for fraction in LABEL_FRACTIONS:
+            probe = EvalConfig(**common, label_fraction=fraction, seeds=1 if fraction == 1 else 3)
+            if probe.protocol_name not in found(run / "export"):
+                commands.evaluate(probe)
+        if "kNN" not in found(run / "export"):
+            commands.evaluate_knn(str(run), DataConfig(**data))
+        if not tuned.is_dir() or "fine-tuned" not in found(tuned):
+            shutil.rmtree(tuned, ignore_errors=True)
+            commands.evaluate(EvalConfig(**common, protocol="finetune", output_dir=str(tuned)))
+    return found(run / "export") | found(tuned)
 
 
 def few_labels(fraction: float) -> str:
@@ -133,21 +147,22 @@ def few_labels(fraction: float) -> str:
 
 
 def measure(
-    run: Path, splits: tuple[Images, Images], augmentation: AugmentationConfig, dataset: str, data: list[str]
+    run: Path, splits: tuple[Images, Images], augmentation: AugmentationConfig, data: dict[str, Any]
 ) -> None:
     """Write the figures of a trained run, by the names of rows, into its figures.json if there is none."""
     if (run / "figures.json").is_file():
         return
-    accuracy, results = measure_accuracy(run, dataset, data), json.loads((run / "results.json").read_text())
+    accuracy, results = measure_accuracy(run, data, splits), json.loads((run / "results.json").read_text())
     config = TrainConfig(**read_yaml(run / "config.yaml"))
     figures = {
         "label_probe": accuracy["linear probe"]["top1"],
         "label_knn": accuracy["kNN"]["top1"],
+        "label_finetuned": accuracy["fine-tuned"]["top1"],
         "price": Plan.of(config, len(splits[0])).price(config),
         "training_minutes": results["training_seconds"] / 60,
         "images_per_second": results["images_per_second"],
     }
-    for fraction in LABEL_FRACTIONS:
+    for fraction in LABEL_FRACTIONS[1:]:
         figures[f"label_probe_{100 * fraction:g}"] = accuracy[few_labels(fraction)]["top1"]
     counts, encoder = (PROBE_IMAGES, IMAGES), load_encoder(run)
     few, test = (s.take(random_subset(len(s), count)) for s, count in zip(splits, counts, strict=True))
@@ -178,9 +193,9 @@ def main(
     if unknown := {*chosen} - {*arms}:
         raise click.ClickException(f"there is no arm '{min(unknown)}'; the arms are {', '.join(arms)}.")
     data_root = str(Path(data_root).absolute()) if data_root else None
-    data = ["--data-root", data_root] if data_root else []
     config = cli.resolve({"data_root": data_root}, recipe)
     splits, augmentation = load_splits(config, config.image_size), training_augmentation(config)
+    data = {"dataset_name": config.dataset_name, "data_root": data_root}
     settings = f"{config.model}, batch {config.batch_size}, {hardware()}, precision {config.mixed_precision}"
     before = recorded(recipe, settings)
     measured: Arms = {}
@@ -189,8 +204,8 @@ def main(
         runs = {seed: Path(root).absolute() / f"{recipe}-{name}-{seed}" for seed in seeds}
         if not chosen or name in chosen:
             for seed, run in runs.items():
-                train(run, options | {"seed": seed}, recipe)
-                measure(run, splits, augmentation, config.dataset_name, data)
+                train(run, options | {"seed": seed}, recipe, splits)
+                measure(run, splits, augmentation, data)
         files = [run / "figures.json" for run in runs.values()]
         title = f"{arm.title}, {cli.resolve(options, recipe).epochs} epochs"
         if found := [json.loads(file.read_text()) for file in files if file.is_file()]:

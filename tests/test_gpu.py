@@ -1,0 +1,93 @@
+"""What a user can rely on where there is a GPU; skipped elsewhere."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from two_processes import free_port
+
+from care_hub.config import TrainConfig
+from care_hub.distributed import global_batch_norm
+from care_hub.encoder import Encoder
+from care_hub.training import trainer
+from care_hub.training.batches import make_views, training_augmentation
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+CONFIGS = {
+    "one head": {"weight": 1.0, "weight_start_epochs": 0},
+    "steering head": {"weight": 1.0, "weight_start_epochs": 0, "steering_head": True},
+    "plain": {"weight": 0.0},
+    "MoCo": {"weight": 1.0, "weight_start_epochs": 0, "method": "moco", "queue_size": 128},
+}
+
+
+def method_and_config(options: dict) -> tuple[nn.Module, TrainConfig]:
+    torch.manual_seed(0)
+    config = TrainConfig(batch_size=64, mixed_precision="no", **options)
+    encoder = Encoder.new(config.model, 32)
+    encoder.set_contrastive_head(config.steering_head)
+    return trainer.make_method(config, encoder, 512).cuda(), config
+
+
+def losses_of(method: nn.Module, config: TrainConfig, step: int, rank: int = 0, processes: int = 1) -> dict:
+    """The losses on the images of this process; the images of a step are always the same."""
+    random = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=random)
+    part = images.chunk(processes)[rank].cuda()
+    torch.cuda.synchronize()
+    return method(*make_views(part, config, training_augmentation(config), step, rank, processes))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_step_waits_for_nothing(kind):
+    method, config = method_and_config(CONFIGS[kind])
+    optimizer = trainer.make_optimizer(config, method.train())
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8).cuda()
+
+    def step(k: int) -> None:
+        views = make_views(images, config, training_augmentation(config), k, 0, 1)
+        with torch.autocast("cuda", torch.bfloat16):
+            found = method(*views)
+        found["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step()
+
+    step(0)  # what is made once, like cuDNN's plans
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for k in range(1, 4):
+            step(k)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def member(rank: int, port: str, options: dict, path: str) -> None:
+    """One of two processes that share the card, and so can't talk by NCCL."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    method, config = method_and_config(options)
+    method = global_batch_norm(method, torch.device("cuda"))
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in method.modules())
+    wrapped = DistributedDataParallel(method, [0], broadcast_buffers=False)
+    losses_of(wrapped.train(), config, 0, rank, 2)["loss"].backward()
+    if rank == 0:
+        torch.save({k: p.grad for k, p in method.named_parameters() if p.grad is not None}, path)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["one head", "MoCo"])
+def test_two_processes_on_one_card_have_the_gradients_of_one(tmp_path, kind):
+    path = str(tmp_path / "gradients.pt")
+    torch.multiprocessing.start_processes(
+        member, (free_port(), CONFIGS[kind], path), 2, start_method="spawn"
+    )
+    method, config = method_and_config(CONFIGS[kind])
+    losses_of(method.train(), config, 0)["loss"].backward()
+    of_two = torch.load(path, weights_only=True)
+    for name, parameter in method.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(of_two[name], parameter.grad, rtol=2e-3, atol=2e-5, msg=lambda m: f"{name}: {m}")
