@@ -39,9 +39,9 @@ from care_hub.steering.fitting import chosen_images
 from care_hub.transformations import parse
 
 BOUND = 0.02
-# The strengths that are fitted by default, and some that are twice as far from each other.
+# The strengths that are fitted by default, some that are twice as far from each other, and hues half as far.
 STRENGTHS = ("brightness", "contrast", "saturation", "hue", "gamma", "white_balance", "blur", "rotation")
-STRENGTHS += ("saturation=0,0.5", "hue=-0.3,0.3", "white_balance=-0.5,0.5")
+STRENGTHS += ("saturation=0,0.5", "hue=-0.3,0.3", "white_balance=-0.5,0.5", "hue=-0.15,-0.075,0.075,0.15")
 CHAINS = ("brightness=1.4+hue=0.15", "brightness=0.7+rotation=15", "saturation=0.5+crop=1.2")
 CHAINS += ("blur=4+brightness=0.7", "gamma=1.4+white_balance=0.5", "saturation=1.5+brightness=0.7")
 CHAINS += ("hue=0.3+saturation=0.5", "hue=0.15+white_balance=0.25", "contrast=0.7+brightness=1.4")
@@ -114,7 +114,7 @@ def with_verdict(title: str, rows: list[Row]) -> str:
 @click.option("--dataset-name", default="imagefolder", show_default=True)
 @click.option("--data-root")
 @click.option("--images", default=1000, show_default=True, help="that fit, and as many that are measured")
-@click.option("--seeds", default=3, show_default=True)
+@click.option("--seeds", default=10, show_default=True)
 @click.option("--transform", "texts", multiple=True, default=TRANSFORMS, help="as of `care-hub rotations`")
 def main(
     encoder: str,
