@@ -1,7 +1,8 @@
 """Figures of runs: kept in results/*.json, shown as tables in docs/results.md.
 
 A file of results has `recipe` (the heading), `settings` (words), and `arms`: title -> [{name of a row: value}
-for each seed]. A value is None where an arm has none by its nature, which the table shows as a dash.
+for each seed]. A value is None where an arm has none by its nature, which the table shows as a dash. Arms are
+columns of the table; with `arms_are_lines` its lines.
 """
 
 import json
@@ -127,6 +128,11 @@ ROWS = (
     Row("knn", "", 1, "kNN, label, %"),
     Row("knn_ignored", "", 1, "the same, ignored"),
     Row("knn_matched", "", 1, "the same, matched"),
+    # benchmarks/between.py
+    Row("of_itself", "", 3, "cosine with f(ax) of f(x)"),
+    Row("of_fitted", "", 3, "of R f(x), fitted there"),
+    Row("of_combined", "", 3, "of the geodesic or product"),
+    Row("of_lost", "", 4, "lost"),
     Row("price", "training_seconds", 0, "price, steps of λ = 0"),
     Row("training_minutes", "training_seconds", 1, "minutes of training"),
     Row("images_per_second", "images_per_second", 0),
@@ -149,12 +155,15 @@ def table(summary: dict[str, Any]) -> str:
     few, many = min(map(len, arms.values())), max(map(len, arms.values()))
     seeds = f"{few} to {many} seeds" if few < many else f"{many} seed{'s' if many > 1 else ''}"
     lines = [f"**{summary['recipe']}** ({summary['settings']}; {seeds})", ""]
-    lines += ["| | " + " | ".join(arms) + " |", "|---" * (1 + len(arms)) + "|"]
+    grid = [["", *arms]]
     for row in ROWS:
         if all(row.name in run for runs in arms.values() for run in runs):
             values = [[run[row.name] for run in runs] for runs in arms.values()]
-            lines.append(f"| {row.heading} | " + " | ".join(cells(row, values)) + " |")
-    return "\n".join(lines)
+            grid.append([row.heading, *cells(row, values)])
+    if summary.get("arms_are_lines"):
+        grid = [list(line) for line in zip(*grid, strict=True)]
+    head, *body = ("| " + " | ".join(line).lstrip() + " |" for line in grid)
+    return "\n".join([*lines, head, "|---" * len(grid[0]) + "|", *body])
 
 
 def cells(row: Row, values: list[list[float | None]]) -> list[str]:
@@ -165,7 +174,7 @@ def cells(row: Row, values: list[list[float | None]]) -> list[str]:
     texts = ["–"] * len(values)
     for k, mean in means.items():
         deviation = f" ± {deviations[k]:.{row.digits}f}" if k in deviations else ""
-        texts[k] = f"{mean:.{row.digits}f}{deviation}"
+        texts[k] = f"{round(mean, row.digits) + 0.0:.{row.digits}f}{deviation}"  # + 0.0: no "-0.000"
     if row.sign and len(deviations) == len(values) > 1:
         *_, second, best = sorted(means, key=lambda k: row.sign * means[k])
         if abs(means[best] - means[second]) > max(deviations.values()):
@@ -180,13 +189,15 @@ def recorded(name: str, settings: str) -> Arms:
     return summary["arms"] if summary.get("settings") == settings else {}
 
 
-def write_results(name: str, heading: str, settings: str, arms: Arms) -> str:
+def write_results(name: str, heading: str, settings: str, arms: Arms, arms_are_lines: bool = False) -> str:
     """Write results/<name>.json and all tables between the markers of docs/results.md; returns its table."""
-    summary = {"recipe": heading, "settings": settings, "arms": arms}
+    summary: dict[str, Any] = {"recipe": heading, "settings": settings, "arms": arms}
+    if arms_are_lines:
+        summary["arms_are_lines"] = True
     folder = ROOT / "results"
     write_text(folder / f"{name}.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     files = sorted(folder.glob("*.json"), reverse=True)
-    files.sort(key=lambda file: file.name.startswith(("frozen", "search", "transfer", "uses")))
+    files.sort(key=lambda file: file.name.startswith(("between", "frozen", "search", "transfer", "uses")))
     found = [json.loads(file.read_text()) for file in files]
     tables = [table(other) for other in found if "arms" in other]  # peers.json has none
     write_section(ROOT / "docs" / "results.md", "\n\n".join(tables))

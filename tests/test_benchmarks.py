@@ -1,6 +1,7 @@
 """Benchmarks: what is compared is what the table says, and a label that they make up follows its rule."""
 
 import importlib
+import math
 import re
 from types import ModuleType
 
@@ -205,6 +206,51 @@ def test_a_turned_query_finds_the_version_that_was_asked_for(benchmark_module):
     assert row["search_exact_unsteered"] == 0 and row["search_version_unsteered"] == 100
     wrong = search.steered(found, "brightness", z, {0.5: changed[2.0], 2.0: changed[0.5]})
     assert wrong["search_exact"] == 0
+
+
+class Angle:
+    """An encoder of dark images: embeddings on a circle, by the logarithm of the mean value."""
+
+    projection, device = None, "cpu"
+
+    def embed(self, x: torch.Tensor, space: str) -> torch.Tensor:
+        angle = x.mean(dim=(1, 2, 3)).log()
+        return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def test_nothing_is_lost_in_between_where_all_changes_are_one_turn(benchmark_module):
+    between = benchmark_module("between")
+    pixels = torch.randint(20, 60, (40, 3, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
+    split = between.Split(between.Images(Angle(), pixels), *torch.arange(40).tensor_split(2))
+    rows = between.between(split, "brightness=0.5,2") | between.one_after_the_other(
+        split, "brightness=1.4+brightness=0.5"
+    )
+    assert [*rows] == [
+        "brightness 0.707, between 0.5 and 1",
+        "brightness 1.41, between 1 and 2",
+        "brightness 1.4, then brightness 0.5",
+    ]
+    for row, factor in zip(rows.values(), (0.5**0.5, 2**0.5, 0.7), strict=True):
+        assert row["of_itself"] == pytest.approx(math.cos(math.log(factor)), abs=1e-4)
+        assert row["of_fitted"] == pytest.approx(1) and row["of_lost"] == pytest.approx(0, abs=1e-5)
+    assert between.with_verdict("a", [{"of_lost": 0.01}, {"of_lost": 0.05}]) == "a: beyond 0.02"
+
+
+@pytest.mark.launches
+def test_strengths_in_between_are_measured_and_shown(benchmark_module, results):
+    options = ("--dataset-name", "shapes", "--images", "20", "--seeds", "2")
+    transforms = ("--transform", "brightness=0.5", "--transform", "hue=0.3+saturation=0.5")
+    between = benchmark_module("between")
+    text = command(between.main, "resnet10_w16_small.care_shapes", *options, *transforms)
+    assert (
+        "| | cosine with f(ax) of f(x) | of R f(x), fitted there | of the geodesic or product | lost |"
+        in text
+    )
+    assert re.search(
+        r"\| brightness 0.707, between 0.5 and 1: (with|bey)\w+ 0.02 \|( -?0\.\d+ ± 0\.\d+ \|){4}", text
+    )
+    assert "fitted to 20 images, on 20 others" in text and "| hue 0.3, then saturation 0.5: " in text
+    assert (results / "docs" / "results.md").read_text().count(text.strip()) == 1
 
 
 @pytest.mark.launches

@@ -28,6 +28,7 @@ from care_hub.data import shapes
 from care_hub.data.images import InMemoryImages
 from care_hub.data.sources import dataset_spec
 from care_hub.evaluate import linear
+from care_hub.factory import load_rotations
 from care_hub.hub.linear_head import LinearHead, head_files
 from care_hub.hub.registry import entries
 from care_hub.training import trainer
@@ -272,12 +273,41 @@ def test_readme_lists_every_ready_encoder():
             assert f"| {figure:.1f} % |" in row
 
 
+def section(page: Path, heading: str) -> str:
+    return page.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
 def test_readme_quotes_the_results():
-    section = README.read_text(encoding="utf-8").split("## When to use CARE")[1].split("\n## ")[0]
+    text = section(README, "When to use CARE, and when not")
     measured = re.findall(r"\d+\.\d+", (ROOT / "docs" / "results.md").read_text(encoding="utf-8"))
     known = {*measured, *(f"{100 * float(ratio):.0f}" for ratio in measured if float(ratio) < 1)}
-    quoted = re.findall(r"([\d.]+)\s%", section)
+    quoted = re.findall(r"([\d.]+)\s%", text)
     assert quoted and set(quoted) <= known
+
+
+def test_rotations_quote_the_results():
+    text = section(ROOT / "docs" / "rotations.md", "In between, and one after the other")
+    rows = re.findall(r"^\| .+\|$", text, flags=re.MULTILINE)
+    measured = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) > 5 and set(rows) <= set(measured)
+
+
+@pytest.mark.slow
+def test_rotations_quote_their_first_command(tmp_path):
+    page = ROOT / "docs" / "rotations.md"
+    _, _, code = blocks(page)[0]
+    (words,) = commands(code)
+    command(cli.main, *words[1:-1], str(tmp_path / "steerable"))
+    found = load_rotations(tmp_path / "steerable")
+    names = ("motion", "same_image_hit_at_1", "same_image_hit_at_1_linear", "cosine", "cosine_unrotated")
+    rows = set()
+    for name, about in found.fitted.items():
+        values = [f"{about.overall[key][0]:.3g}" for key in names]
+        if about.candidates == 2:
+            values[1] += " of 2 candidates"
+        rows.add(f"| {' | '.join([name, *values, 'yes' if about.steerable else 'no'])} |")
+    _, *quoted = re.findall(r"^\| .+\|$", section(page, "What is measured"), flags=re.MULTILINE)
+    assert set(quoted) == rows
 
 
 @pytest.mark.slow
