@@ -39,9 +39,9 @@ from care_hub.steering.fitting import chosen_images
 from care_hub.transformations import parse
 
 BOUND = 0.02
-# The strengths that are fitted by default, some that are twice as far from each other, and hues half as far.
+# The strengths that are fitted by default, some that are further from each other.
 STRENGTHS = ("brightness", "contrast", "saturation", "hue", "gamma", "white_balance", "blur", "rotation")
-STRENGTHS += ("saturation=0,0.5", "hue=-0.3,0.3", "white_balance=-0.5,0.5", "hue=-0.15,-0.075,0.075,0.15")
+STRENGTHS += ("saturation=0,0.5", "hue=-0.15,0.15", "hue=-0.3,0.3", "white_balance=-0.5,0.5")
 CHAINS = ("brightness=1.4+hue=0.15", "brightness=0.7+rotation=15", "saturation=0.5+crop=1.2")
 CHAINS += ("blur=4+brightness=0.7", "gamma=1.4+white_balance=0.5", "saturation=1.5+brightness=0.7")
 CHAINS += ("hue=0.3+saturation=0.5", "hue=0.15+white_balance=0.25", "contrast=0.7+brightness=1.4")

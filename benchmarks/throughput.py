@@ -330,7 +330,7 @@ def main(
     output: Path | None,
 ) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine = Machine(device, trainer.precision(precision), compiled)
+    machine = Machine(device, trainer.precision(precision, device), compiled)
     common = TrainConfig(
         model=model, batch_size=batch, equiv_splits=groups, optimizer=optimizer, weight=0.3, image_size=size
     )

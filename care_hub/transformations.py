@@ -147,7 +147,8 @@ def _white_balance(x: Tensor, stops: float) -> Tensor:
     return (x * gains.view(3, 1, 1)).clamp_(0, 1)
 
 
-_FACTORS, _HUES = (0.5, 0.7, 1.4, 2.0), (-0.45, -0.3, -0.15, 0.15, 0.3, 0.45)
+_FACTORS = (0.5, 0.7, 1.4, 2.0)
+_HUES = (-0.45, -0.3, -0.15, -0.075, 0.075, 0.15, 0.3, 0.45)
 _COLORS, _DEGREES = (0.25, 0.5, 1.5, 2.0), (-30.0, -15.0, 15.0, 30.0)
 _STOPS = (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0)  # as near to each other as rotations in between need
 _ROWS: tuple[

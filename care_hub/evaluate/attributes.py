@@ -29,7 +29,8 @@ def attribute_targets(images: InMemoryImages) -> tuple[dict[str, Tensor], dict[s
         numbers = {name: images.columns[name].float()[:, None] for name in SHAPE_FACTORS}
         return classes | {"color": images.columns["color"]}, numbers
     parts = [_pixel_statistics(x.float() / 255) for x in images.pixels.split(500)]
-    return classes, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    # Pixels may be on a GPU, where a run has put them; embeddings are not.
+    return classes, {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 
 def _pixel_statistics(x: Tensor) -> dict[str, Tensor]:

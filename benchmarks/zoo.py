@@ -1,0 +1,53 @@
+"""The table of the encoders in the package, read from their folders, in docs/encoders.md.
+
+    python benchmarks/zoo.py
+
+Every figure is one that the encoder's card states and `care-hub verify NAME` measures again.
+"""
+
+from pathlib import Path
+
+import click
+from result_tables import ROOT, write_section
+
+from care_hub.hub.evaluation_record import read_record
+from care_hub.hub.export import read_config
+from care_hub.hub.registry import SHIPPED
+
+FAMILIES = ("color", "hue", "crop")
+HEADER = ("name", "data", "image size", "minutes", "kNN", "linear probe", *FAMILIES, "size")
+
+
+def row_of(folder: Path) -> list[str]:
+    config, _ = read_config(folder)
+    record = read_record(folder)
+    accuracy = record["accuracy"][config.dataset]
+    families = record["equivariance"][config.dataset]["families"]
+    size = sum(file.stat().st_size for file in folder.iterdir())
+
+    def found(family: str) -> str:
+        return f"{families[family]['same_image_hit_at_1'][0]:.1f} %"
+
+    return [
+        f"`{folder.name}`",
+        f"`{config.dataset}`",
+        f"{config.image_size} px",
+        f"{config.results['training_seconds'] / 60:.1f}",
+        f"{accuracy['kNN']['top1']:.1f} %",
+        f"{accuracy['linear probe']['top1']:.1f} %",
+        *map(found, FAMILIES),
+        f"{size / 1e6:.1f} MB",
+    ]
+
+
+@click.command()
+def main() -> None:
+    rows = [HEADER, ["---"] * len(HEADER)]
+    rows += [row_of(config.parent) for config in sorted(SHIPPED.glob("*/config.json"))]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    write_section(ROOT / "docs" / "encoders.md", table)
+    click.echo(table)
+
+
+if __name__ == "__main__":
+    main()
