@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
+from processes import fork
 from safetensors.torch import load_file
-from two_processes import fork
 
 from care_hub import augment
 from care_hub.config import TrainConfig
