@@ -2,8 +2,9 @@
 
 Every page is run in a folder of its own that has the repository's scripts, its bash and python blocks in
 order. The rules below say what is not run as it stands: what trains for minutes is stopped after two steps,
-what takes hours is planned (`--dry-run`) or has its options checked, and the Hub is one on loopback. A block
-that imports a package which is no requirement, and not at hand, is left out, and the page said to be skipped.
+what takes hours is planned with a small network (`--dry-run`) or has its options checked, rotations are those
+of one family of augmentations, and the Hub is one on loopback. A block that imports a package which is no
+requirement, and not at hand, is left out, and the page said to be skipped.
 """
 
 import importlib.util
@@ -12,6 +13,7 @@ import runpy
 import shlex
 import textwrap
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import click
@@ -27,6 +29,7 @@ from care_hub.config import DataConfig, recipes
 from care_hub.data import shapes
 from care_hub.data.images import InMemoryImages
 from care_hub.data.sources import dataset_spec
+from care_hub.evaluate import commands as evaluation
 from care_hub.evaluate import linear
 from care_hub.hub.linear_head import LinearHead, head_files
 from care_hub.hub.registry import entries
@@ -136,7 +139,7 @@ def fewer_images(options: list[str]) -> list[str]:
 def shortened(options: list[str]) -> list[str]:
     """What is added to the options of train.py."""
     if "--config" in options and options[options.index("--config") + 1] in recipes():
-        return ["--dry-run"]
+        return ["--dry-run", "--model", "resnet10_w16_small"]
     steps = 2
     if "--max-steps" in options:
         steps = int(options[options.index("--max-steps") + 1]) // 100
@@ -177,6 +180,8 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "SIZES", FEW_SHAPES)
     monkeypatch.setattr(linear, "PENALTIES", linear.PENALTIES[:1])
     monkeypatch.setattr(trainer, "load_splits", stand_ins)
+    one = partial(evaluation.measure_equivariance, families=["crop"])
+    monkeypatch.setattr(evaluation, "measure_equivariance", one)
     return tmp_path
 
 
