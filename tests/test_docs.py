@@ -179,6 +179,7 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr(shapes, "SIZES", FEW_SHAPES)
     monkeypatch.setattr(linear, "PENALTIES", linear.PENALTIES[:1])
+    monkeypatch.setattr(linear, "FEW", 0)  # one split is enough to choose it
     monkeypatch.setattr(trainer, "load_splits", stand_ins)
     one = partial(evaluation.measure_equivariance, families=["crop"])
     monkeypatch.setattr(evaluation, "measure_equivariance", one)
