@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner
 from loopback_hub import LoopbackHub
 from PIL import Image
-from processes import script, scripts, start
+from processes import script, scripts, start, status
 from safetensors.torch import load_file, save
 
 from care_hub import cli
@@ -61,12 +61,10 @@ def run_forked(*words, processes: int = 1, ok: bool = True) -> subprocess.Comple
     words = [str(w) for w in words]
     with tempfile.TemporaryDirectory() as folder:
         process = start(Path(folder), {1: script, 2: scripts}[processes], *words)
-        process.join(240)
-        status = process.exitcode
-        process.kill()
+        ended = status(process)
         said = [Path(folder, name).read_text() for name in ("stdout", "stderr")]
-    assert status is not None and (status == 0) == ok, f"exit {status}\n{said[0][-3000:]}\n{said[1][-3000:]}"
-    return subprocess.CompletedProcess(words, status, *said)
+    assert ended is not None and (ended == 0) == ok, f"exit {ended}\n{said[0][-3000:]}\n{said[1][-3000:]}"
+    return subprocess.CompletedProcess(words, ended, *said)
 
 
 def train(root: Path, *flags, ok: bool = True, launcher=("python",), env=None) -> subprocess.CompletedProcess:

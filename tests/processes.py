@@ -29,6 +29,14 @@ def start(folder: Path, function, *arguments) -> BaseProcess:
     return process
 
 
+def status(process: BaseProcess) -> int | None:
+    """How it has ended; None if it had to be killed after minutes."""
+    process.join(240)
+    ended = process.exitcode
+    process.kill()
+    return ended
+
+
 def _call(folder: Path, environment: dict, function, *arguments) -> None:
     os.environ.clear()
     os.environ |= environment
