@@ -13,7 +13,6 @@ import runpy
 import shlex
 import textwrap
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import click
@@ -29,7 +28,6 @@ from care_hub.config import DataConfig, recipes
 from care_hub.data import shapes
 from care_hub.data.images import InMemoryImages
 from care_hub.data.sources import dataset_spec
-from care_hub.evaluate import commands as evaluation
 from care_hub.evaluate import linear
 from care_hub.hub.linear_head import LinearHead, head_files
 from care_hub.hub.registry import entries
@@ -169,7 +167,7 @@ load_splits = trainer.load_splits
 
 
 @pytest.fixture
-def reader(tmp_path, monkeypatch):
+def reader(tmp_path, monkeypatch, one_family):
     """The working directory of a reader: a copy of the repository, but for its size."""
     for name in ("train.py", "eval_linear.py", "benchmarks", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -181,8 +179,6 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.setattr(linear, "PENALTIES", linear.PENALTIES[:1])
     monkeypatch.setattr(linear, "FEW", 0)  # one split is enough to choose it
     monkeypatch.setattr(trainer, "load_splits", stand_ins)
-    one = partial(evaluation.measure_equivariance, families=["crop"])
-    monkeypatch.setattr(evaluation, "measure_equivariance", one)
     return tmp_path
 
 
