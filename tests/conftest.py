@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 # Before torch is imported, here and in processes started here: a thread that waits by spinning holds a
@@ -86,6 +87,15 @@ def tiny_run(tmp_path_factory) -> Path:
         patch.setattr(monitor, "FINAL_IMAGES", 400)  # what they tell is another test's matter
         train_here(root, "--max-steps", "6", "--run-name", "tiny", "--knn-every", "1")
     return root / "tiny"
+
+
+@pytest.fixture
+def one_family(monkeypatch):
+    """`care-hub equivariance` measures a single family of augmentations."""
+    from care_hub.evaluate import commands
+
+    one = partial(commands.measure_equivariance, families=["crop"])
+    monkeypatch.setattr(commands, "measure_equivariance", one)
 
 
 @pytest.fixture

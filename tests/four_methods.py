@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
+from processes import fork
 from safetensors.torch import load_file
-from two_processes import fork
 
 from care_hub import augment
 from care_hub.config import TrainConfig
@@ -96,7 +96,7 @@ def main(save_root: str, data_root: str, *groups: str) -> None:
     data = {"dataset_name": "imagefolder", "data_root": data_root, "image_size": 16}
     splits = load_splits(TrainConfig(**data), size=16, progress=False)
     trainer.load_splits = lambda *_, **__: splits  # read once, since that takes longer than training
-    run.plot_neighbors = lambda *_: None  # no figures of runs that nobody looks at
+    run.plot_neighbors = run.rehearse = lambda *_: None  # neither figures nor rehearsals are looked at
     note_views()
     for group in groups:
         processes, _, jobs = group.rpartition("=")

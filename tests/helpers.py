@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from click.testing import CliRunner
 from loopback_hub import LoopbackHub
 from PIL import Image
+from processes import script, scripts, start, status
 from safetensors.torch import load_file, save
 
 from care_hub import cli
@@ -33,7 +35,6 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 HEADLESS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
 HEADLESS += ("--disable-sync", "--disable-background-networking", "--disable-component-update")
 TORCHRUN = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-TWO_PROCESSES = ("python", ROOT / "tests" / "two_processes.py")  # which start sooner
 PHOTO = Image.radial_gradient("L").convert("RGB")  # the one in a model card
 IMAGES = np.random.RandomState(0).randint(0, 256, (3, 32, 32, 3)).astype(np.uint8)
 TINY = (
@@ -53,6 +54,17 @@ def run(*words, ok: bool = True, cwd=None, env=None, timeout: int = 240) -> subp
         f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     )
     return done
+
+
+def run_forked(*words, processes: int = 1, ok: bool = True) -> subprocess.CompletedProcess:
+    """`run` of a script (or -m and a module), in one process or a group of two that start sooner."""
+    words = [str(w) for w in words]
+    with tempfile.TemporaryDirectory() as folder:
+        process = start(Path(folder), {1: script, 2: scripts}[processes], *words)
+        ended = status(process)
+        said = [Path(folder, name).read_text() for name in ("stdout", "stderr")]
+    assert ended is not None and (ended == 0) == ok, f"exit {ended}\n{said[0][-3000:]}\n{said[1][-3000:]}"
+    return subprocess.CompletedProcess(words, ended, *said)
 
 
 def train(root: Path, *flags, ok: bool = True, launcher=("python",), env=None) -> subprocess.CompletedProcess:

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 from four_methods import METHODS, views, weight_difference
-from helpers import ROOT, TORCHRUN, TWO_PROCESSES, metrics, run
+from helpers import ROOT, metrics, run_forked
+from processes import free_port
 from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d
 from torch import nn
-from two_processes import free_port
 
 from care_hub.distributed import (
     GlobalBatchNorm,
@@ -48,7 +48,7 @@ def runs(photos, tmp_path_factory):
     1 has resumed, as "float64:20:resumed", what 2 had saved after 13 steps.
     """
     root, steps = tmp_path_factory.mktemp("runs"), "float64:20"
-    run("python", WORKER, root, photos, f"2={steps}", f"1={steps},{steps}:resumed")
+    run_forked(WORKER, root, photos, f"2={steps}", f"1={steps},{steps}:resumed")
     return root
 
 
@@ -73,14 +73,14 @@ def test_one_process_resumes_the_run_of_two(runs):
 
 @pytest.mark.slow
 def test_in_float64_four_processes_train_and_resume_the_same_run(runs, photos):
-    run("python", WORKER, runs, photos, "4=float64:20,float64:20:resumed")
+    run_forked(WORKER, runs, photos, "4=float64:20,float64:20:resumed")
     agree_to_1e_8(runs / "1" / "float64:20", runs / "4" / "float64:20", 20)
     resumes_the_run_of_two_processes(runs, "4")
 
 
 @pytest.mark.slow
 def test_in_float32_four_steps_and_the_first_gradients_agree(photos, tmp_path):
-    run("python", WORKER, tmp_path, photos, "2=float32:4,float32:1", "1=float32:4,float32:1")
+    run_forked(WORKER, tmp_path, photos, "2=float32:4,float32:1", "1=float32:4,float32:1")
     one, two = tmp_path / "1", tmp_path / "2"
     for name in METHODS:
         for a, b in pairs_of_losses(one / "float32:4", two / "float32:4", name, 4):
@@ -114,7 +114,7 @@ def test_two_nodes_are_one_run(runs, photos, tmp_path):
 def test_a_batch_that_does_not_divide_is_refused(photos, tmp_path):
     data = ("--dataset-name", "imagefolder", "--data-root", photos, "--image-size", "32")
     flags = ("--save-root", tmp_path, *data, "--batch-size", "15", "--weight", "0")
-    error = run(*TORCHRUN, ROOT / "train.py", *flags, ok=False).stderr
+    error = run_forked(ROOT / "train.py", *flags, processes=2, ok=False).stderr
     assert "--batch-size 15 does not divide among 2 processes; the nearest that does is 16" in error
 
 
@@ -159,7 +159,7 @@ def compare_batch_norms():
 
 @pytest.mark.launches
 def test_global_batch_norms_of_two_processes_see_the_whole_batch():
-    run(*TWO_PROCESSES, __file__)
+    run_forked(__file__, processes=2)
 
 
 def test_one_process_keeps_its_batch_norms():

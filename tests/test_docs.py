@@ -2,8 +2,9 @@
 
 Every page is run in a folder of its own that has the repository's scripts, its bash and python blocks in
 order. The rules below say what is not run as it stands: what trains for minutes is stopped after two steps,
-what takes hours is planned (`--dry-run`) or has its options checked, and the Hub is one on loopback. A block
-that imports a package which is no requirement, and not at hand, is left out, and the page said to be skipped.
+what takes hours is planned with a small network (`--dry-run`) or has its options checked, rotations are those
+of one family of augmentations, and the Hub is one on loopback. A block that imports a package which is no
+requirement, and not at hand, is left out, and the page said to be skipped.
 """
 
 import importlib.util
@@ -137,7 +138,7 @@ def fewer_images(options: list[str]) -> list[str]:
 def shortened(options: list[str]) -> list[str]:
     """What is added to the options of train.py."""
     if "--config" in options and options[options.index("--config") + 1] in recipes():
-        return ["--dry-run"]
+        return ["--dry-run", "--model", "resnet10_w16_small"]
     steps = 2
     if "--max-steps" in options:
         steps = int(options[options.index("--max-steps") + 1]) // 100
@@ -167,7 +168,7 @@ load_splits = trainer.load_splits
 
 
 @pytest.fixture
-def reader(tmp_path, monkeypatch):
+def reader(tmp_path, monkeypatch, one_family):
     """The working directory of a reader: a copy of the repository, but for its size."""
     for name in ("train.py", "eval_linear.py", "benchmarks", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -177,6 +178,7 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr(shapes, "SIZES", FEW_SHAPES)
     monkeypatch.setattr(linear, "PENALTIES", linear.PENALTIES[:1])
+    monkeypatch.setattr(linear, "FEW", 0)  # one split is enough to choose it
     monkeypatch.setattr(trainer, "load_splits", stand_ins)
     return tmp_path
 

@@ -4,16 +4,16 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
-import time
+import signal
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import TWO_PROCESSES, care_hub_command, killed_at_each_rename, run
+from helpers import care_hub_command, killed_at_each_rename, run, run_forked
+from processes import script, start, status
 from safetensors import safe_open
 
 import care_hub
@@ -85,23 +85,33 @@ def test_the_installed_command_on_one_image(tiny_run, photos, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_reads(tiny_run, many, tmp_path):
-    done = run(*TWO_PROCESSES, *launched(tiny_run, many, tmp_path / "out.npy"))
+    done = run_forked(*launched(tiny_run, many, tmp_path / "out.npy"), processes=2)
     assert done.stdout.count("5,000 embeddings") == 1 and [p.name for p in tmp_path.iterdir()] == ["out.npy"]
     expected = care_hub.load_encoder(tiny_run).encode(many)
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5)
 
 
+def embed_until_killed(*words):
+    """Parts of 16 images, of which the second is never there."""
+    rename, embed_folder.PART = os.replace, 16
+
+    def rename_one(source, target):
+        if list(Path(target).parent.glob("*.npy")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+
+    os.replace = rename_one
+    script(*words)
+
+
 @pytest.mark.launches
-def test_a_killed_command_resumes(tiny_run, many, tmp_path):
-    output = tmp_path / "out.parquet"
-    words = [sys.executable, *launched(tiny_run, many, output)]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    parts = tmp_path / "out.parquet.parts"
-    while not list(parts.glob("*.npy")) and process.poll() is None:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    (marked,) = parts.glob("*.npy")
+def test_a_killed_command_resumes(tiny_run, photos, tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(embed_folder, "PART", 16)
+    many, output = photos / "train", tmp_path / "out.parquet"
+    said = tmp_path_factory.mktemp("said")
+    process = start(said, embed_until_killed, *launched(tiny_run, many, output))
+    assert status(process) == -signal.SIGKILL
+    (marked,) = (tmp_path / "out.parquet.parts").glob("*.npy")
     assert not output.exists()
     content = marked.read_bytes()
     marked.write_bytes(content[: len(content) // 2])
@@ -112,7 +122,7 @@ def test_a_killed_command_resumes(tiny_run, many, tmp_path):
     embed(many, "--encoder", tiny_run, "-o", output)
     z = np.array(pq.read_table(output).to_pydict()["embedding"], dtype=np.float32)
     fresh = ~(z == 0.5).all(axis=1)
-    assert len(z) == 5000 and (~fresh).sum() == embed_folder.PART
+    assert len(z) == 48 and (~fresh).sum() == embed_folder.PART
     assert [p.name for p in tmp_path.iterdir()] == ["out.parquet"]
     expected = care_hub.load_encoder(tiny_run).encode(many)
     np.testing.assert_allclose(z[fresh], expected[fresh], atol=1e-5)
@@ -343,7 +353,7 @@ def test_odd_names_end_no_command_on_a_real_terminal(odd_names, tmp_path):
     done = run("python", "-m", "care_hub", *words, env={"PYTHONIOENCODING": "ascii"})
     assert "caf\\udce9.png" in done.stdout
     output = tmp_path / os.fsdecode(b"\xe9.npy")
-    done = run("python", "-m", "care_hub", "embed", odd_names, "--encoder", name, "-o", output)
+    done = run_forked("-m", "care_hub", "embed", odd_names, "--encoder", name, "-o", output)
     assert "5 embeddings of 128 numbers" in done.stdout and output.is_file()
 
 

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
-from helpers import ROOT, TWO_PROCESSES, care_hub_command, eval_linear, run, visible
+from helpers import ROOT, care_hub_command, eval_linear, run_forked, visible
 from huggingface_hub import ModelCard
 
 import care_hub
@@ -83,7 +83,7 @@ def test_a_probe_shows_how_far_it_is_and_where_its_head_is(encoder, photos, monk
 
 def test_two_processes_get_what_one_gets(encoder, photos):
     one = eval_linear(encoder, *on(photos))
-    done = run(*TWO_PROCESSES, ROOT / "eval_linear.py", "--encoder", encoder, *on(photos))
+    done = run_forked(ROOT / "eval_linear.py", "--encoder", encoder, *on(photos), processes=2)
     two = json.loads(done.stdout.strip().splitlines()[-1])
     assert done.stdout.count('"top1"') == 1
     assert without_seconds(two) == without_seconds(one)
@@ -225,7 +225,8 @@ def test_two_processes_measure_equivariance_once(encoder, photos, tmp_path):
     """The second used to measure too, and to write the same files at the same time."""
     words = on(photos, "--draws", 1, "-o")
     care_hub_command("equivariance", encoder, *words, tmp_path / "one")
-    twice = run(*TWO_PROCESSES, "-m", "care_hub", "equivariance", encoder, *words, tmp_path / "two")
+    again = ("-m", "care_hub", "equivariance", encoder, *words, tmp_path / "two")
+    twice = run_forked(*again, processes=2)
     assert twice.stdout.count("Does R know") == 1
     one, two = (means(tmp_path / name / "equivariance.json") for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-3)  # one thread adds up in another order than two

@@ -1,18 +1,18 @@
 """evaluation.json: what was measured is neither lost nor believed of other weights."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
-from helpers import ROOT, measured, stored, visible
+from helpers import measured, stored, visible
+from processes import FORKS, start, status
 
 from care_hub import cli
 from care_hub.hub.card import write_card
 from care_hub.hub.client import fetch
 from care_hub.hub.evaluation_record import add_result, read_record
-from care_hub.hub.linear_head import head_file_name, read_heads
+from care_hub.hub.linear_head import LinearHead, head_file_name, read_heads
 from care_hub.hub.push import push_folder
 
 
@@ -93,45 +93,24 @@ def test_former_names_are_read_and_new_ones_written(export):
     assert "| grayscale | - |" in (export / "README.md").read_text()
 
 
-ADD_250 = """
-import sys
-from pathlib import Path
-import torch
-from care_hub.hub.card import write_card
-from care_hub.hub.evaluation_record import add_result
-from care_hub.hub.linear_head import LinearHead
-
-folder, name = Path(sys.argv[1]), sys.argv[2]
-print("ready", flush=True)
-sys.stdin.readline()
-for k in range(250):
-    add_result(folder, "accuracy", "shapes", {f"{name} {k}": {"top1": float(k)}})
-    if k % 50 == 0:
-        LinearHead(f"{name}{k}", torch.ones(2, 128), torch.ones(2), ["a", "b"], {"top1": 1.0}).save(folder)
-write_card(folder)
-"""
+def add_250(folder, name, together):
+    together.wait()
+    for k in range(250):
+        add_result(folder, "accuracy", "shapes", {f"{name} {k}": {"top1": float(k)}})
+        if k % 50 == 0:
+            head = LinearHead(f"{name}{k}", torch.ones(2, 128), torch.ones(2), ["a", "b"], {"top1": 1.0})
+            head.save(folder)
+    write_card(folder)
 
 
 @pytest.mark.launches
-def test_two_processes_that_record_at_the_same_time_lose_nothing(export):
-    before = set(visible(export))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", ADD_250, str(export), name],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in ("one", "two")
-    ]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:  # both are past their imports: now
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    assert [process.communicate(timeout=240)[1] for process in processes] == ["", ""]
+def test_two_processes_that_record_at_the_same_time_lose_nothing(export, tmp_path):
+    before, together, processes = set(visible(export)), FORKS.Barrier(2, timeout=60), {}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        processes[name] = start(tmp_path / name, add_250, export, name, together)
+    for name, process in processes.items():
+        assert status(process) == 0 and (tmp_path / name / "stderr").read_text() == ""
     labels = read_record(export)["accuracy"]["shapes"]
     assert set(labels) == {f"{name} {k}" for name in ("one", "two") for k in range(250)}
     heads = {f"linear_head.{name}{k}.safetensors" for name in ("one", "two") for k in range(0, 250, 50)}

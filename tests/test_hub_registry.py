@@ -1,11 +1,12 @@
 """Encoders by name: the one in the package, those that others register, and what is said of misspelt ones."""
 
 import json
+import sys
+from functools import cache
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import run
 
 import care_hub
 from care_hub import cli
@@ -82,8 +83,7 @@ def test_an_entry_on_the_hub_is_fetched_at_its_revision(server, export, monkeypa
     assert main.config.projection.outputs == 4
 
 
-@pytest.mark.launches
-def test_an_installed_package_registers_by_entry_point(tmp_path):
+def test_an_installed_package_registers_by_entry_point(tmp_path, monkeypatch):
     about = tmp_path / "birds-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: birds\nVersion: 1.0\n")
@@ -98,9 +98,13 @@ def test_an_installed_package_registers_by_entry_point(tmp_path):
         "def words():\n    return ['resnet18_cifar.birds']\n"
         "def thief():\n    return [Entry('resnet10_w16_small.care_shapes', repo_id='eve/care_shapes')]\n"
     )
-    code = "import care_hub; print(care_hub.list_models('*birds', pretrained=True))\n"
-    code += "print(care_hub.registry.find('resnet10_w16_small.care_shapes').repo_id)"
-    done = run("python", "-c", code, env={"PYTHONPATH": str(tmp_path)})
-    assert done.stdout == "['resnet18_cifar.birds']\nNone\n"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry, "_installed", cache(registry._installed.__wrapped__))  # as at the start
+    with pytest.warns(UserWarning) as warned:
+        assert care_hub.list_models("*birds", pretrained=True) == ["resnet18_cifar.birds"]
+    assert care_hub.registry.find("resnet10_w16_small.care_shapes").repo_id is None
+    said = "\n".join(str(warning.message) for warning in warned)
     for name in ("birds:absent", "birds:words", "birds:thief", "sys:exit"):
-        assert f"'{name}' can't be registered" in done.stderr
+        assert f"'{name}' can't be registered" in said
+    del sys.modules["birds"]

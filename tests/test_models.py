@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from helpers import TWO_PROCESSES, randomized, refusal, train, train_here
+from helpers import ROOT, TINY, randomized, refusal, run_forked, train_here
 
 import care_hub
 from care_hub.encoder import Encoder
@@ -133,7 +133,8 @@ def test_a_rehearsal_leaves_no_trace():
 @pytest.mark.launches
 def test_no_process_waits_for_one_whose_rehearsal_failed(tmp_path):
     flags = ("--model", "crossvit_tiny_240", "--image-size", "64")
-    done = train(tmp_path, *flags, launcher=TWO_PROCESSES, ok=False)
+    words = (ROOT / "train.py", "--save-root", tmp_path, *TINY, *flags)
+    done = run_forked(*words, processes=2, ok=False)
     assert "Error: Model 'crossvit_tiny_240' does not take images" in done.stderr
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import damage
 import pytest
 import torch
-from helpers import ROOT, TINY, refusal, run
+from helpers import ROOT, TINY, refusal, run_forked
 from torch import nn
 
 from care_hub.config import TrainConfig
@@ -203,4 +203,4 @@ def test_a_run_that_diverges_leaves_no_checkpoint_and_no_export(photos, tmp_path
 
 @pytest.mark.launches
 def test_killed_in_training_a_checkpoint_and_the_export_a_resumed_run_is_the_same_to_the_bit():
-    assert run("python", ROOT / "tests" / "campaigns" / "kills.py", "1", "1").stdout.endswith("4 / 4\n")
+    assert run_forked(ROOT / "tests" / "campaigns" / "kills.py", 1, 1).stdout.endswith("4 / 4\n")

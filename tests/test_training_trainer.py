@@ -123,7 +123,7 @@ def next_commands_of(screen: str) -> list[list[str]]:
 
 
 @pytest.mark.launches
-def test_every_command_on_the_final_screen_works(odd_data, photos, tmp_path, monkeypatch, capsys):
+def test_every_command_on_the_final_screen_works(odd_data, photos, tmp_path, monkeypatch, capsys, one_family):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: name)  # whether or not the tests' environment is active
     flags = ("--dataset-name", "ann/odd", "--data-root", odd_data, "--image-column", "scan")

@@ -21,7 +21,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from helpers import TINY
-from two_processes import free_port
+from processes import free_port
 
 from care_hub import cli
 from care_hub.config import TrainConfig
