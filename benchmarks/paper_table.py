@@ -60,7 +60,7 @@ LATE: dict[str, Any] = {"weight_start_epochs": None, "weight_warmup_epochs": Non
 ONE_HEAD: dict[str, Any] = {"steering_head": False, "equivariant_batch_size": None, "equiv_splits": 8}
 SAME: dict[str, Any] = {f"equivariance_{name}": None for name in AUGMENTATION} | {"equivariance_crop": True}
 MOCO = read_yaml("shapes_moco")
-# Found on a validation fifth with seed 3, among what results/tried/settings.json has: experiments/settings.py.
+# Best on a validation fifth with seed 3 among those in results/tried/settings.json (experiments/settings.py).
 TUNED: dict[str, dict[str, Any]] = {"shapes": {"lr": 0.4}, "cifar10_small": {"temperature": 0.1}}
 STEERING = {"steering_head": True, "steering_uniformity": 0.1, "weight": 4.0}
 ARMS = {

@@ -1,8 +1,8 @@
 """Figures of runs: kept in results/*.json, shown as tables in docs/results.md.
 
 A file of results has `recipe` (the heading), `settings` (words), and `arms`: title -> [{name of a row: value}
-for each seed]. A value is None where an arm has none by its nature, which the table shows as a dash. Arms are
-columns of the table; with `arms_are_lines` its lines.
+for each seed]. A value may be missing, or None where an arm has none by its nature: a dash in the table. Arms
+are columns of the table; with `arms_are_lines` its lines.
 """
 
 import json
@@ -157,8 +157,8 @@ def table(summary: dict[str, Any]) -> str:
     lines = [f"**{summary['recipe']}** ({summary['settings']}; {seeds})", ""]
     grid = [["", *arms]]
     for row in ROWS:
-        if all(row.name in run for runs in arms.values() for run in runs):
-            values = [[run[row.name] for run in runs] for runs in arms.values()]
+        values = [[run.get(row.name) for run in runs] for runs in arms.values()]
+        if any(None not in arm for arm in values):
             grid.append([row.heading, *cells(row, values)])
     if summary.get("arms_are_lines"):
         grid = [list(line) for line in zip(*grid, strict=True)]

@@ -4,9 +4,10 @@
         resnet10_w32_small.care_cifar10_color --dataset-name cifar10 --data-root CIFAR10
 
 Writes care_hub/pretrained/NAME, without pictures and without what SentenceTransformer reads, which is another
-copy of the head: saving and pushing make it. Every figure of its card is measured on the weights as they are
-stored there, as `care-hub verify NAME` does again. With NAME for the run, too, its weights stay as they are,
-and only the figures of the end of training are measured.
+copy of the head: saving and pushing make it. With --transform there are rotations, too. Every figure of its
+card is measured on the weights as they are stored there, as `care-hub verify NAME` does again. With NAME for
+the run, too, its weights stay as they are, and of the rest only the figures of the end of training and
+rotations are measured.
 """
 
 import json
@@ -33,23 +34,27 @@ from care_hub.verify import FINAL_KEYS, Site, measure_final
 @click.argument("name")
 @click.option("--dataset-name", required=True)
 @click.option("--data-root")
-def main(run: str, name: str, dataset_name: str, data_root: str | None) -> None:
+@click.option("--transform", "transforms", multiple=True, help="as of `care-hub rotations`")
+def main(run: str, name: str, dataset_name: str, data_root: str | None, transforms: tuple[str, ...]) -> None:
     folder = SHIPPED / name
     if run != name:
         store(run, folder)
     record_final(folder, DataConfig(dataset_name, data_root))
+    data = ["--dataset-name", dataset_name]
+    data += ["--data-root", str(Path(data_root).absolute())] if data_root else []
     if run != name:
-        data = ["--dataset-name", dataset_name]
-        data += ["--data-root", str(Path(data_root).absolute())] if data_root else []
         run_command(ROOT / "eval_linear.py", "--encoder", folder, *data)
         run_command("-m", "care_hub", "knn", folder, *data)
         run_command("-m", "care_hub", "equivariance", folder, *data)
-        for file in (*folder.glob("*.png"), *folder.glob(".*")):  # pictures of photographs are large
-            file.unlink()
-        for part in sentence_transformer.NAMES:
-            (folder / part).unlink()
-        for part in sentence_transformer.DENSE:
-            (folder / part).rmdir()
+    if transforms:
+        words = [word for text in transforms for word in ("--transform", text)]
+        run_command("-m", "care_hub", "rotations", folder, *data, *words)
+    for file in (*folder.glob("*.png"), *folder.glob(".*")):  # pictures of photographs are large
+        file.unlink()
+    for part in sentence_transformer.NAMES:
+        (folder / part).unlink(missing_ok=True)
+    for part in filter(Path.is_dir, map(folder.joinpath, sentence_transformer.DENSE)):
+        part.rmdir()
     write_card(folder, name)
     size = sum(file.stat().st_size for file in folder.iterdir())
     click.echo(f"{folder.name}: {size / 1e6:.2f} MB")

@@ -3,10 +3,10 @@
     python benchmarks/transfer.py runs/paper/cifar10_small-* --data-root CLOTHING
     python benchmarks/transfer.py resnet10_w16_small.care_shapes --dataset-name org/name
 
-Linear probes for the label, for the color of what is in the middle, and for the mean hue, saturation and
-brightness of the image. Images are prepared at the size that the encoder was trained on. Runs of one arm are
-named alike but for the seed behind the last hyphen. Writes results/transfer_<data set>.json and the tables in
-docs/results.md.
+Linear probes for the label (also with 10 % and 1 % of the labels of each class, means over three subsets),
+for the color of what is in the middle, and for the mean hue, saturation and brightness of the image. Images
+are prepared at the size that the encoder was trained on. Runs of one arm are named alike but for the seed
+behind the last hyphen. Writes results/transfer_<data set>.json and the tables in docs/results.md.
 
 The color is a label that follows from the pixels alone. Of the central half of the image (half its height,
 half its width) each channel's median is taken. That color is black if its value (HSV) is below 0.25; else, if
@@ -15,6 +15,7 @@ hues, 45° apart, beginning with red at 0°.
 """
 
 import re
+import statistics
 
 import click
 import torch
@@ -28,7 +29,7 @@ from care_hub.data.sources import load_splits
 from care_hub.encoder import Encoder
 from care_hub.errors import CareHubError
 from care_hub.evaluate.attributes import attribute_targets, probe_classes, probe_numbers
-from care_hub.evaluate.features import embed_view, labeled
+from care_hub.evaluate.features import embed_view, label_subset, labeled
 from care_hub.factory import load_encoder
 
 HUES = ("red", "orange", "lime", "green", "cyan", "blue", "violet", "pink")
@@ -59,10 +60,15 @@ def measure(encoder: Encoder, train: InMemoryImages, test: InMemoryImages) -> di
     x, x_test = (embed_view(encoder, split.pixels, space="backbone") for split in (train, test))
     (labels, numbers), (true_labels, true_numbers) = attribute_targets(train), attribute_targets(test)
     colors, true_colors = central_colors(train.pixels), central_colors(test.pixels)
+    label, true_label = labels["label"], true_labels["label"]
     figures = {
-        "label_probe": probe_classes(x, labels["label"], x_test, true_labels["label"]),
+        "label_probe": probe_classes(x, label, x_test, true_label),
         "color_backbone": probe_classes(x, colors, x_test, true_colors),
     }
+    for percent in (10, 1):
+        subsets = [label_subset(label, percent / 100, seed) for seed in range(3)]
+        found = [probe_classes(x[few], label[few], x_test, true_label, k) for k, few in enumerate(subsets)]
+        figures[f"label_probe_{percent}"] = statistics.mean(found)
     for name in ("hue", "saturation", "brightness"):
         figures[f"{name}_backbone"] = probe_numbers(x, numbers[name], x_test, true_numbers[name])
     return {name: round(value, 4) for name, value in figures.items()}

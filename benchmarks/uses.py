@@ -1,5 +1,7 @@
 """What rotations of stored embeddings are good for, beside other maps, nothing, and embedding anew.
 
+    python benchmarks/uses.py --data-root CIFAR10 \\
+        --encoder resnet10_w32_small.care_cifar10 --twin resnet10_w32_small.simclr_cifar10
     python benchmarks/uses.py --data-root CIFAR10 --twin runs/paper/cifar10_small-longer-0 \\
         --new runs/paper/cifar10_small-steering-first-1 --twin-new runs/paper/cifar10_small-longer-1
 
@@ -19,8 +21,8 @@ loss (λ = 0):
 Each seed divides the images anew into those that fit maps, labeled ones, and those that are
 tested. A share is that of what embedding anew wins; there is none where that is less than a
 point. Changes of color are random, of brightness, contrast, saturation (by up to 40 %) and hue
-(a tenth of the circle), each the same for all images. Writes results/uses.json and the tables in
-docs/results.md.
+(a tenth of the circle), each the same for all images. Writes results/uses_<data set>_<encoder>.json
+and the tables in docs/results.md.
 """
 
 import statistics
@@ -246,7 +248,7 @@ def measure(found: Embedded, carried: dict[str, Tensor], new: Tensor | None, see
 @click.option("--dataset-name", default="cifar10", show_default=True)
 @click.option("--data-root")
 @click.option("--images", default=2000, show_default=True, help="in 32 colors; all else has 3,000 more")
-@click.option("--seeds", default=5, show_default=True)
+@click.option("--seeds", default=20, show_default=True)
 def main(
     encoder: str,
     new: str | None,
@@ -277,7 +279,8 @@ def main(
         to = f", carried over to {source_name(later)}" if later else ""
         measured.append(f"{title}: {source_name(source)}{to}")
     settings = f"{'; '.join(measured)}; {len(chosen):,} test images, {images:,} in 32 colors, {hardware()}"
-    click.echo(write_results("uses", f"uses of rotations, {data.data_label}", settings, arms))
+    name = f"uses_{data.data_label}_{source_name(encoder)}".replace("/", "--")
+    click.echo(write_results(name, f"uses of rotations, {data.data_label}", settings, arms))
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from result_tables import ROOT, write_section
 
 from care_hub.hub.evaluation_record import read_record
 from care_hub.hub.export import read_config
+from care_hub.hub.linear_head import LinearHead, head_files
 from care_hub.hub.registry import SHIPPED
 
 FAMILIES = ("color", "hue", "crop")
@@ -20,9 +21,8 @@ HEADER = ("name", "data", "image size", "minutes", "kNN", "linear probe", *FAMIL
 
 def row_of(folder: Path) -> list[str]:
     config, _ = read_config(folder)
-    record = read_record(folder)
-    accuracy = record["accuracy"][config.dataset]
-    families = record["equivariance"][config.dataset]["families"]
+    (head,) = map(LinearHead.load, head_files(folder))
+    families = read_record(folder)["equivariance"][config.dataset]["families"]
     size = sum(file.stat().st_size for file in folder.iterdir())
 
     def found(family: str) -> str:
@@ -33,8 +33,8 @@ def row_of(folder: Path) -> list[str]:
         f"`{config.dataset}`",
         f"{config.image_size} px",
         f"{config.results['training_seconds'] / 60:.1f}",
-        f"{accuracy['kNN']['top1']:.1f} %",
-        f"{accuracy['linear probe']['top1']:.1f} %",
+        f"{config.results['knn_top1']:.1f} %",
+        f"{head.metrics['top1']:.1f} %",
         *map(found, FAMILIES),
         f"{size / 1e6:.1f} MB",
     ]

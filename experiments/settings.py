@@ -1,12 +1,12 @@
 """Settings of a recipe, chosen between on a validation fifth of its training images.
 
-    python experiments/settings.py cifar10_long weight=0,lr=0.3 weight=0,lr=0.6 --epochs 12 --data-root CIFAR10
+    python experiments/settings.py cifar10_long weight=0,lr=0.3 weight=0,lr=0.6 --data-root CIFAR10
     python experiments/settings.py shapes weight=0,temperature=0.1 weight=0,temperature=0.5
 
-Trains the recipe, but for the options of each setting, on four fifths of the training images; kNN and a linear
-probe are measured on the other fifth, so no test image is looked at. What is in `--root` is not repeated; other
-processes may take other settings. Prints all that is there as a Markdown table, the best probe first. What was
-found is recorded in results/tried/settings.json.
+Trains the recipe, but for the options of each setting, on four fifths of the training images; kNN and a
+linear probe are measured on the other fifth, so no test image is looked at. What is in `--root` is not
+repeated; other processes may take other settings. Prints all that is there as a Markdown table, the best
+probe first. What was found is recorded in results/tried/settings.json.
 """
 
 import json
@@ -69,7 +69,9 @@ def main(
             found = run(cli.resolve(common | options_of(setting) | {"run_name": name}, recipe), splits)
             about = {"recipe": recipe, "setting": setting, "epochs": config.epochs, "seed": seed}
             write_text(path, json.dumps(about | found, indent=2) + "\n")
-    rows = sorted((json.loads(path.read_text()) for path in root.glob("*.json")), key=lambda row: -row["probe"])
+    rows = sorted(
+        (json.loads(path.read_text()) for path in root.glob("*.json")), key=lambda row: -row["probe"]
+    )
     click.echo("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
     for row in rows:
         click.echo("| " + " | ".join(map(str, row.values())) + " |")

@@ -41,7 +41,8 @@ def test_an_arm_as_long_as_another_costs_as_many_steps(recipe, benchmark_module)
     arms, configs = arms_and_configs(benchmark_module("paper_table"), recipe)
     plans = {name: Plan.of(config, IMAGES[recipe]) for name, config in configs.items()}
     price = {name: plan.price(configs[name]) for name, plan in plans.items()}
-    assert (as_long := [name for name, arm in arms.items() if arm.as_long_as])
+    as_long = [name for name, arm in arms.items() if arm.as_long_as]
+    assert as_long
     for longer in as_long:
         assert configs[longer].weight == 0 and price[longer] == plans[longer].steps
         # A hundredth of an epoch is no reason for one more.
@@ -147,6 +148,15 @@ def test_a_step_sends_a_dozen_small_tensors_and_waits_for_no_device(options, ben
     pairs = 1 if options.get("views") == "shared" or options.get("weight") == 0 else 2
     assert 4 * pairs <= len(sent) <= 12
     assert sum(sent) <= 32 * 8 + pairs * 64 * 128  # bytes: of indices, and for each view
+
+
+def test_the_page_of_encoders_says_what_their_folders_say(benchmark_module):
+    zoo, page = benchmark_module("zoo"), (ROOT / "docs" / "encoders.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `.+`.* MB \|$", page, flags=re.MULTILINE)
+    folders = sorted(config.parent for config in zoo.SHIPPED.glob("*/config.json"))
+    assert rows == [f"| {' | '.join(zoo.row_of(folder))} |" for folder in folders]
+    for row in rows:
+        assert re.search(rf"^- {row.split(' | ')[0][2:]}", page, flags=re.MULTILINE), "no word on it"
 
 
 @pytest.fixture

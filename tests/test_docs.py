@@ -138,7 +138,7 @@ def fewer_images(options: list[str]) -> list[str]:
 def shortened(options: list[str]) -> list[str]:
     """What is added to the options of train.py."""
     if "--config" in options and options[options.index("--config") + 1] in recipes():
-        return ["--dry-run", "--model", "resnet10_w16_small"]
+        return ["--dry-run", *([] if "--init" in options else ["--model", "resnet10_w16_small"])]
     steps = 2
     if "--max-steps" in options:
         steps = int(options[options.index("--max-steps") + 1]) // 100
@@ -156,7 +156,7 @@ def run_script(path: str, options: list[str]) -> None:
 
 def stand_ins(data: DataConfig, size: int | None = None, progress: bool = True, decode: bool = True):
     """512 black images in place of a data set that is elsewhere."""
-    if data.dataset_name in ("shapes", "imagefolder"):
+    if data.dataset_name == "shapes" or Path(data.data_root or "absent").is_dir():
         return load_splits(data, size, progress, decode)
     size = size or dataset_spec(data.dataset_name).size
     pixels = torch.zeros(512, 3, size, size, dtype=torch.uint8)

@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from processes import free_port
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from two_processes import free_port
 
 from care_hub.config import TrainConfig
 from care_hub.distributed import global_batch_norm
