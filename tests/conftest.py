@@ -111,10 +111,17 @@ def one_thread(monkeypatch):
 @pytest.fixture
 def server(monkeypatch):
     """A Hub on loopback, to which the process is logged in as a user who may write."""
+    from huggingface_hub import constants, file_download
+
     from care_hub.hub import client
 
     with LoopbackHub() as running:
         monkeypatch.setenv("HF_ENDPOINT", running.url)
+        for name in ("HUGGINGFACE_CO_URL_TEMPLATE", "ENDPOINT"):  # clients before 1.10 read it once
+            value = getattr(constants, name).replace(constants.ENDPOINT, running.url)
+            monkeypatch.setattr(constants, name, value)
+            if hasattr(file_download, name):
+                monkeypatch.setattr(file_download, name, value)
         monkeypatch.setenv("HF_TOKEN", WRITER)
         monkeypatch.setattr(client, "RETRY_SECONDS", (0, 0))
         yield running

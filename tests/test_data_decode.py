@@ -9,6 +9,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import PIL
 import pytest
 import timm
 import torch
@@ -18,6 +19,8 @@ from PIL import Image, ImageOps
 from care_hub.data import decode
 from care_hub.errors import CareHubError
 
+PILLOW = int(PIL.__version__.split(".")[0])
+SINCE_13 = pytest.mark.skipif(PILLOW < 13, reason="Pillow before 13 reads no tag behind such a one")
 FUZZ = int(os.environ.get("CARE_HUB_TEST_FUZZ", 1400))  # damaged files
 
 
@@ -123,7 +126,7 @@ def odd_exif(tag: int, kind: int, count: int, value: bytes, orientation: int = 6
         (0xA005, 2, 4, b"abc\0"),  # a block of tags that is text
         (0x8769, 4, 1, b"\xff\xff\xff\x7f"),  # or beyond the end
         (0x9003, 99, 1, b"abcd"),  # a type that does not exist
-        (0x010F, 3, 4000000000, b"abcd"),
+        pytest.param(0x010F, 3, 4000000000, b"abcd", marks=SINCE_13),
     ],
 )
 def test_an_odd_tag_costs_no_photo(tag, kind, count, value, tmp_path):
