@@ -59,7 +59,8 @@ def test_the_wheel_alone_is_enough(distributions, photos, tmp_path):
     python = venv / "bin" / "python"
     (packages,) = venv.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))  # whose .pth files stay out
-    run("python", "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", distributions[1])
+    pip = ("python", "-m", "pip", "--python", python)
+    run(*pip, "install", "--no-deps", "--no-index", distributions[1], env=OWN_PATH)
 
     def care_hub(*words, program=(venv / "bin" / "care-hub",)) -> str:
         return run(*program, *words, cwd=here, env=OWN_PATH).stdout
