@@ -111,13 +111,16 @@ def test_revisions_private_repositories_and_pull_requests(server, export, tmp_pa
     assert care_hub.load_encoder("alice/secret", token=WRITER, cache_dir=tmp_path / "other")
 
 
-def test_an_unchanged_push_changes_nothing_and_a_broken_one_is_finished_by_pushing_again(server, export):
-    server.faults = {
-        "PUT /lfs": [503],
-        "/preupload/": [500],
-        "POST /api/models/lab/tiny/commit": [429, "lost"],
-        "repos/create": [503],
-    }
+@pytest.mark.parametrize(
+    "faults",  # no more than the oldest client, which asks once, and our own attempts outlast
+    [
+        {"PUT /lfs": [503], "/preupload/": [500], "POST /api/models/lab/tiny/commit": ["lost"]},
+        {"POST /api/models/lab/tiny/commit": [429], "repos/create": [503]},
+    ],
+    ids=["files", "repository"],
+)
+def test_an_unchanged_push_changes_nothing_and_a_broken_one_is_finished(server, export, faults):
+    server.faults = faults
     push_folder(export, "lab/tiny")
     assert not any(server.faults.values())  # all of them happened
     count = len(server.repositories["lab/tiny"].commits)
