@@ -52,13 +52,13 @@ def main(runs: tuple[Path, ...], recipe: str, epochs: int, data_root: str | None
     turned = cli.resolve({}, "cifar10_small")
     steering = OPTIONS | {name: getattr(turned, name) for name in STEERING}
     config = cli.resolve({"data_root": str(Path(data_root).absolute()) if data_root else None}, recipe)
-    _, test = load_splits(config, config.image_size)
+    _, test = splits = load_splits(config, config.image_size)
     pixels, augmentation = test.take(random_subset(len(test), IMAGES)).pixels, training_augmentation(config)
     arms: Arms = {}
     for run in runs:
         trained = run.absolute().with_name(f"{run.name}-frozen")
         options = {"init": str(run.absolute()), "epochs": epochs, "data_root": config.data_root}
-        train(trained, steering | options, recipe)
+        train(trained, steering | options, recipe, splits)
         seconds = {
             path: json.loads((path / "results.json").read_text())["training_seconds"]
             for path in (run, trained)

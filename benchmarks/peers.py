@@ -121,7 +121,7 @@ def step_ways(device: torch.device) -> tuple[dict[str, Way], Pairs]:
     ours = {f"ours, {machine.precision}": CareHubStep(machine) for machine in machines}
     batches = lightly_batches(ours["ours, no"].images)
     theirs = {f"lightly, {machine.precision}": LightlyStep(batches, machine) for machine in machines}
-    auto = precision("auto")
+    auto = precision("auto", torch.device("cpu"))
     chosen = "float32" if auto == "no" else auto
     return ours | theirs, {
         f"a step of SimCLR as each comes: {chosen}, lightly in float32": (f"ours, {auto}", "lightly, no"),

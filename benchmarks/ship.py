@@ -53,8 +53,8 @@ def main(run: str, name: str, dataset_name: str, data_root: str | None, transfor
         file.unlink()
     for part in sentence_transformer.NAMES:
         (folder / part).unlink(missing_ok=True)
-    for part in filter(Path.is_dir, map(folder.joinpath, sentence_transformer.DENSE)):
-        part.rmdir()
+    for layer in filter(Path.is_dir, map(folder.joinpath, sentence_transformer.DENSE)):
+        layer.rmdir()
     write_card(folder, name)
     size = sum(file.stat().st_size for file in folder.iterdir())
     click.echo(f"{folder.name}: {size / 1e6:.2f} MB")

@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from click import ClickException
-from helpers import ROOT, command, fitted
+from helpers import ROOT, TINY, command, fitted
 
 from care_hub import cli
 from care_hub.config import TrainConfig
@@ -269,6 +269,15 @@ def test_strengths_in_between_are_measured_and_shown(benchmark_module, results):
     )
     assert "fitted to 20 images, on 20 others" in text and "| hue 0.3, then saturation 0.5: " in text
     assert (results / "docs" / "results.md").read_text().count(text.strip()) == 1
+
+
+@pytest.mark.launches
+def test_heads_are_trained_on_frozen_backbones(benchmark_module, results, monkeypatch):
+    monkeypatch.setattr(shapes, "SIZES", {"train": 64, "test": 60})
+    frozen, run = benchmark_module("frozen"), results / "runs" / "r-0"
+    command(cli.train, "--save-root", run.parent, "--run-name", run.name, *TINY, "--max-steps", "2")
+    monkeypatch.setattr(frozen, "IMAGES", 60)
+    assert "| a steering head on it, 1 epochs |" in command(frozen.main, run, "--epochs", "1")
 
 
 @pytest.mark.launches
