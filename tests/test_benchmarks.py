@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from click import ClickException
 from helpers import ROOT, TINY, command, fitted
 
+import care_hub
 from care_hub import cli
 from care_hub.config import TrainConfig
 from care_hub.data import shapes
@@ -157,6 +158,17 @@ def test_the_page_of_encoders_says_what_their_folders_say(benchmark_module):
     assert rows == [f"| {' | '.join(zoo.row_of(folder))} |" for folder in folders]
     for row in rows:
         assert re.search(rf"^- {row.split(' | ')[0][2:]}", page, flags=re.MULTILINE), "no word on it"
+
+
+def test_rotations_of_the_package_belong_to_their_encoders(benchmark_module):
+    page = (ROOT / "docs" / "encoders.md").read_text(encoding="utf-8")
+    for path in benchmark_module("zoo").SHIPPED.glob("*/rotations.safetensors"):
+        rotations = care_hub.load_rotations(path.parent.name)
+        encoder = care_hub.load_encoder(path.parent.name)
+        (about,) = re.findall(rf"^- `{path.parent.name}`((?:.+\n)+?)(?=-|\n)", page, flags=re.MULTILINE)
+        for name, found in rotations.fitted.items():
+            rotations[name, found.strengths[0]].check(encoder)
+            assert name in rotations.steerable and name.replace("_", " ") in " ".join(about.split())
 
 
 @pytest.fixture

@@ -77,15 +77,25 @@ def test_a_push_leaves_the_folder_as_it_is(server, export):
         assert set(stored(server, name)) == set(before) - {"notes.txt"}
 
 
-def test_an_encoder_of_the_package_is_published_by_its_name(server):
-    name = "resnet10_w16_small.care_shapes"
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("resnet10_w16_small.care_shapes", "`shapes` is made by care_hub itself."),
+        ("resnet10_w32_small.care_cifar10", "`cifar10` is `uoft-cs/cifar10` on the Hub."),
+    ],
+)
+def test_an_encoder_of_the_package_is_published_by_its_name(server, name, data):
     before = visible(SHIPPED / name)
-    assert "/lab/shapes/commit/" in care_hub_command("push", name, "lab/shapes")
-    content, own = stored(server, "lab/shapes"), before.keys() - {"README.md"}
+    assert "/lab/copy/commit/" in care_hub_command("push", name, "lab/copy")
+    content, own = stored(server, "lab/copy"), before.keys() - {"README.md"}
     assert {file: content[file] for file in own} == {file: before[file] for file in own}
     card = content["README.md"].decode()
-    assert 'load_encoder("lab/shapes")' in card and "- `shapes` is made by care_hub itself." in card
+    assert 'load_encoder("lab/copy")' in card and f"- {data}" in card
     assert visible(SHIPPED / name) == before
+
+
+def test_a_name_that_is_nearly_one_of_the_package_is_answered_with_it(server):
+    name = "resnet10_w16_small.care_shapes"
     said = care_hub_command("push", "resnet10_w16_smal.care_shapes", "lab/shapes", ok=False)
     assert f"did you mean '{name}'?" in said
 

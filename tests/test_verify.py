@@ -154,7 +154,13 @@ def test_the_augmentation_of_another_encoder_is_recorded_as_it_is():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, data",
-    [("resnet10_w16_small.care_shapes", None), ("resnet10_w32_small.care_cifar10_color", "data/cifar10")],
+    [
+        ("resnet10_w16_small.care_shapes", None),
+        ("resnet10_w32_small.care_cifar10", "data/cifar10"),
+        ("resnet10_w32_small.care_cifar10_color", "data/cifar10"),
+        ("resnet10_w32_small.care_clothing", "data/clothing"),
+        ("resnet10_w32_small.simclr_cifar10", "data/cifar10"),
+    ],
 )
 def test_the_cards_of_the_package_are_true(name, data, shared):
     said = verify(name, *(("--data-root", shared(data)) if data else ()), status=0)
