@@ -105,7 +105,11 @@ def test_two_nodes_are_one_run(runs, photos, tmp_path):
         words = [*launcher, str(WORKER), str(tmp_path), str(photos), "float64:3"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         nodes.append(subprocess.Popen(words, env=environment, **pipes))
-    outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    try:
+        outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()  # one that waits for the other at its end takes no SIGTERM
     assert [node.returncode for node in nodes] == [0, 0], outputs
     agree_to_1e_8(runs / "1" / "float64:20", tmp_path / "float64:3", 3)
 
