@@ -49,12 +49,14 @@ def main(run: str, name: str, dataset_name: str, data_root: str | None, transfor
     if transforms:
         words = [word for text in transforms for word in ("--transform", text)]
         run_command("-m", "care_hub", "rotations", folder, *data, *words)
-    for file in (*folder.glob("*.png"), *folder.glob(".*")):  # pictures of photographs are large
-        file.unlink()
-    for part in sentence_transformer.NAMES:
-        (folder / part).unlink(missing_ok=True)
-    for layer in filter(Path.is_dir, map(folder.joinpath, sentence_transformer.DENSE)):
-        layer.rmdir()
+        (folder / "rotations.png").unlink()
+    if run != name:
+        for file in (*folder.glob("*.png"), *folder.glob(".*")):  # pictures of photographs are large
+            file.unlink()
+        for part in sentence_transformer.NAMES:
+            (folder / part).unlink()
+        for part in sentence_transformer.DENSE:
+            (folder / part).rmdir()
     write_card(folder, name)
     size = sum(file.stat().st_size for file in folder.iterdir())
     click.echo(f"{folder.name}: {size / 1e6:.2f} MB")

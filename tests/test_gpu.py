@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from care_hub.config import TrainConfig
+from care_hub.data.images import InMemoryImages
 from care_hub.distributed import global_batch_norm
 from care_hub.encoder import Encoder
+from care_hub.evaluate.attributes import probe_attributes
 from care_hub.training import trainer
 from care_hub.training.batches import make_views, training_augmentation
 
@@ -66,6 +68,15 @@ def test_a_step_waits_for_nothing(kind):
             step(k)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_attributes_are_probed_where_a_run_has_left_the_images():
+    encoder = Encoder.new("resnet10_w16_small", 32).eval()
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=random)
+    images = InMemoryImages(32, torch.zeros(40, dtype=torch.long), ["one"], pixels)
+    there = probe_attributes(encoder, images, images)
+    assert probe_attributes(encoder, images.to(DEVICE), images)["backbone"] == there["backbone"]
 
 
 def member(rank: int, port: str, options: dict, path: str) -> None:
