@@ -4,14 +4,15 @@
         resnet10_w32_small.care_cifar10_color --dataset-name cifar10 --data-root CIFAR10
 
 Writes care_hub/pretrained/NAME, without pictures and without what SentenceTransformer reads, which is another
-copy of the head: saving and pushing make it. With --transform there are rotations, too. Every figure of its
-card is measured on the weights as they are stored there, as `care-hub verify NAME` does again. With NAME for
-the run, too, its weights stay as they are, and of the rest only the figures of the end of training and
-rotations are measured.
+copy of the head: saving and pushing make it. With --transform there are rotations, too, of the test images
+or of --images. Every figure of its card is measured on weights and rotations as they are stored there, as
+`care-hub verify NAME` does again. With NAME for the run, too, its weights stay as they are, and of the rest
+only the figures of the end of training and rotations are measured.
 """
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -26,6 +27,8 @@ from care_hub.files import write_text
 from care_hub.hub import sentence_transformer
 from care_hub.hub.card import write_card
 from care_hub.hub.registry import SHIPPED
+from care_hub.hub.rotation_set import FILE_NAME, RotationSet
+from care_hub.steering.fitting import chosen_images, measure_rotations
 from care_hub.verify import FINAL_KEYS, Site, measure_final
 
 
@@ -35,7 +38,15 @@ from care_hub.verify import FINAL_KEYS, Site, measure_final
 @click.option("--dataset-name", required=True)
 @click.option("--data-root")
 @click.option("--transform", "transforms", multiple=True, help="as of `care-hub rotations`")
-def main(run: str, name: str, dataset_name: str, data_root: str | None, transforms: tuple[str, ...]) -> None:
+@click.option("--images", type=click.Path(exists=True), help="as of `care-hub rotations`")
+def main(
+    run: str,
+    name: str,
+    dataset_name: str,
+    data_root: str | None,
+    transforms: tuple[str, ...],
+    images: str | None,
+) -> None:
     folder = SHIPPED / name
     if run != name:
         store(run, folder)
@@ -48,7 +59,9 @@ def main(run: str, name: str, dataset_name: str, data_root: str | None, transfor
         run_command("-m", "care_hub", "equivariance", folder, *data)
     if transforms:
         words = [word for text in transforms for word in ("--transform", text)]
-        run_command("-m", "care_hub", "rotations", folder, *data, *words)
+        source = ["--images", Path(images).absolute()] if images else data
+        run_command("-m", "care_hub", "rotations", folder, *source, *words)
+        halve_rotations(folder, images or DataConfig(dataset_name, data_root))
         (folder / "rotations.png").unlink()
     if run != name:
         for file in (*folder.glob("*.png"), *folder.glob(".*")):  # pictures of photographs are large
@@ -67,6 +80,17 @@ def store(run: str, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     encoder.set_contrastive_head(False)
     encoder.save_pretrained(folder, torch.float16)
+
+
+def halve_rotations(folder: Path, source: DataConfig | str) -> None:
+    """Store the rotations in half precision, and measure them so."""
+    RotationSet.load(folder / FILE_NAME).save(folder, half=True)
+    rotations, encoder = RotationSet.load(folder / FILE_NAME), Encoder.from_folder(folder)
+    for name, fitted in rotations.fitted.items():
+        pixels = chosen_images(encoder, source, fitted.images, fitted.seed)
+        found, *_ = measure_rotations(encoder, rotations, name, pixels)
+        rotations.fitted[name] = replace(fitted, measured=found.measured, overall=found.overall)
+    rotations.save(folder, half=True)
 
 
 def record_final(folder: Path, data: DataConfig) -> None:

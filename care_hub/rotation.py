@@ -277,6 +277,19 @@ def planes(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return a, b, angles
 
 
+def logarithm(r: Tensor) -> Tensor:
+    """log R (d, d), skew-symmetric, of a proper rotation R (d, d): `torch.linalg.matrix_exp` takes it back.
+
+    Each plane turns by at most pi; of the two ways round a half turn, one is taken.
+
+    >>> logarithm(torch.tensor([[0.0, -1.0], [1.0, 0.0]]).double()) / math.pi
+    tensor([[ 0.0000, -0.5000],
+            [ 0.5000,  0.0000]], dtype=torch.float64)
+    """
+    a, b, angles = planes(r)
+    return (b * angles) @ a.T - (a * angles) @ b.T
+
+
 def _fractional_power(r: Tensor, t: float) -> Tensor:
     """R^t of a proper rotation (d, d): each plane turns by t times its angle."""
     a, b, angles = planes(r)

@@ -63,14 +63,15 @@ def weight_difference(one: Path, other: Path, step: int) -> float:
 
 def note_views() -> None:
     """Have every process leave in the run folder what it trained on: images and parameters, in order."""
-    apply, finish, seen = augment.apply, trainer.finish, []
+    apply_each, finish, seen = augment.apply_each, trainer.finish, []
 
-    def noting(images, params, config):
-        rows = zip(*(t.numpy() for t in (images, *vars(params).values())), strict=True)
-        digests = [hashlib.sha256(b"".join(v.tobytes() for v in row)).hexdigest() for row in rows]
-        first, second = digests[: len(digests) // 2], digests[len(digests) // 2 :]
-        seen.append([a + b for a, b in zip(first, second, strict=True)])
-        return apply(images, params, config)
+    def noting(parts):
+        for images, params, _ in parts:
+            rows = zip(*(t.numpy() for t in (images, *vars(params).values())), strict=True)
+            digests = [hashlib.sha256(b"".join(v.tobytes() for v in row)).hexdigest() for row in rows]
+            first, second = digests[: len(digests) // 2], digests[len(digests) // 2 :]
+            seen.append([a + b for a, b in zip(first, second, strict=True)])
+        return apply_each(parts)
 
     def writing(setup, session, *arguments):
         rank, processes = setup.accelerator.process_index, setup.accelerator.num_processes
@@ -79,7 +80,7 @@ def note_views() -> None:
         seen.clear()
         return result
 
-    augment.apply, trainer.finish = noting, writing
+    augment.apply_each, trainer.finish = noting, writing
 
 
 def train_all(save_root: str, data: dict, jobs: str) -> None:

@@ -10,6 +10,7 @@ from torchvision.transforms import functional as tv
 
 from care_hub import augment
 from care_hub.augment import AugmentationConfig, seeded_generator
+from care_hub.errors import CareHubError
 
 TOLERANCE = 2e-6
 COLOR_OPERATIONS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
@@ -109,6 +110,16 @@ def test_a_view_depends_on_the_place_in_the_global_batch_and_not_on_the_process(
         views = augment.two_views(part, config, 0, 7, "s", draws, rank, 4).chunk(2)
         for a, b in zip(whole, views, strict=True):
             assert_near(a.chunk(4)[rank], b, atol=1e-6)
+
+
+def test_views_that_are_made_together_are_those_that_are_made_alone():
+    kinds = AugmentationConfig(size=16), AugmentationConfig(size=16, jitter_p=1, blur=0, flip=0)
+    params = [augment.sample(kind, 8, 20, 20, seeded_generator(k)) for k, kind in enumerate(kinds)]
+    parts = list(zip((pixels(8, 20), pixels(8, 20).flip(0)), params, kinds, strict=True))
+    together = augment.apply_each(parts)
+    assert all(torch.equal(view, augment.apply(*part)) for view, part in zip(together, parts, strict=True))
+    with pytest.raises(CareHubError, match="different sizes"):
+        augment.apply_each([parts[0], (*parts[1][:2], AugmentationConfig(size=12))])
 
 
 def test_parameters_are_reproducible_and_differ_by_step_and_seed():

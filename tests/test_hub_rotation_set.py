@@ -35,6 +35,23 @@ def test_rotations_come_back_as_they_were_saved(rotations, export):
         found["brightness", 2].check("0" * 64)
 
 
+def test_in_half_precision_they_take_a_quarter_and_are_rotations_still(rotations, export):
+    d = 64
+    turns = torch.stack([Rotation.random(d, k).matrix for k in range(3)])
+    mirrors = torch.diag(torch.tensor([-1.0, -1] + [1] * (d - 2)))[None]  # half a turn
+    rotations = replace(rotations, matrices={"brightness": turns, "flip": mirrors})
+    rotations.moved = {name: Rotation.random(d, 9).matrix[:, :20] for name in rotations}
+    whole = rotations.save(export).stat().st_size
+    path = rotations.save(export, half=True)
+    found = care_hub.load_rotations(export)
+    assert path.stat().st_size < 0.35 * whole
+    for name, matrices in rotations.matrices.items():
+        torch.testing.assert_close(found.matrices[name], matrices.double(), atol=2e-3, rtol=0)
+        assert (found.projector([name]) - rotations.projector([name])).abs().max() < 1e-3
+    assert found["brightness", 1.2] and found.add_to(export)  # as any others; written whole
+    close(care_hub.load_rotations(export)["brightness", 2], found["brightness", 2])
+
+
 def test_strengths_in_between_lie_on_the_geodesic(rotations):
     for strength, share in ((2.0, 1), (2**0.75, 0.75), (2**0.25, 0.25), (1, 0), (2**-0.5, -0.5)):
         close(rotations["brightness", strength], TURN.power(share))
@@ -191,6 +208,23 @@ def test_tensors_that_are_no_rotations_are_refused(matrices, sentence, rotations
 def test_a_basis_that_is_none_is_refused(moved, sentence, rotations, export):
     path = rotations.save(export)
     rewrite(path, **{"moved.brightness": moved.contiguous()})
+    with pytest.raises(CareHubError, match=sentence):
+        care_hub.load_rotations(export)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "sentence"),
+    [
+        ("log.brightness", torch.ones(3, 119), "does not fit"),
+        ("log.brightness", torch.ones(2, 120), "does not fit"),
+        ("log.brightness", torch.full((3, 120), torch.inf), "not finite"),
+        ("log.brightness", torch.ones(()), "is not a set of rotations"),
+        ("moved.brightness", torch.ones(16, 2), "not orthonormal"),
+    ],
+)
+def test_half_precision_is_trusted_no_more(name, values, sentence, rotations, export):
+    path = rotations.save(export, half=True)
+    rewrite(path, **{name: values.half()})
     with pytest.raises(CareHubError, match=sentence):
         care_hub.load_rotations(export)
 

@@ -104,4 +104,4 @@ def add_result(folder: Path, kind: str, dataset: str, results: dict[str, Any]) -
         record = read_record(folder)
         record.setdefault(kind, {}).setdefault(dataset, {}).update(results)
         stored = {"encoder": sha256(folder / "model.safetensors"), "results": record}
-        write_text(folder / FILE_NAME, json.dumps(stored, indent=2) + "\n")
+        write_text(folder / FILE_NAME, json.dumps(stored) + "\n")

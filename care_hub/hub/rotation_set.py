@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import logging
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from ..errors import CareHubError, suggest
 from ..files import make_folder, own_file, read_header, read_tensors, write_tensors
-from ..rotation import Embeddings, Rotation
+from ..rotation import Embeddings, Rotation, logarithm
 from ..schema import check_type
 from ..transformations import SCALES, position
 from .evaluation_record import Interval
@@ -27,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "rotations.safetensors"
 WEIGHTS = ("model.safetensors", "projection.safetensors")  # to which rotations belong
-ROTATION, MOVED = "rotation.", "moved."  # what the names of tensors begin with
+ROTATION, LOG, MOVED = "rotation.", "log.", "moved."  # what the names of tensors begin with
 SPANNED = 1e-3  # singular values below this span nothing
 TIMES_CHANCE, TIMES_ITSELF = 3, 1.5  # what the lower bound of H@1 must reach for "steerable"
 NOT_FITTED = "fit them with `care-hub rotations`"
@@ -200,11 +202,15 @@ class RotationSet:
         kept = {name: getattr(self, name) | getattr(others, name) for name in ("fitted", "matrices", "moved")}
         return dataclasses.replace(others, **kept)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write rotations.safetensors into `folder`, with its sha256 in it."""
+    def save(self, folder: str | Path, half: bool = False) -> Path:
+        """Write rotations.safetensors into `folder`, with its sha256 in it.
+
+        With `half` it has a quarter of the size: float16, and of each R the part of log R above the
+        diagonal, which is a rotation however it is rounded.
+        """
         path = make_folder(folder) / FILE_NAME
         with folder_lock(path.parent):
-            self._write(path)
+            self._write(path, half)
         return path
 
     def add_to(self, folder: Path) -> "RotationSet":
@@ -221,13 +227,14 @@ class RotationSet:
             together._write(folder / FILE_NAME)
         return together
 
-    def _write(self, path: Path) -> None:
+    def _write(self, path: Path, half: bool = False) -> None:
         about = {"fitted": json.dumps([dataclasses.asdict(found) for found in self.fitted.values()])}
         about |= {"encoder": self.encoder, "encoder_name": self.encoder_name, "space": self.space}
         about["weights"] = json.dumps(self.weights)
-        kinds = {ROTATION: self.matrices, MOVED: self.moved}
+        maps = {name: _logs(fits) for name, fits in self.matrices.items()} if half else self.matrices
+        kinds = {LOG if half else ROTATION: maps, MOVED: self.moved}
         tensors = {
-            f"{kind}{name}": values[name].float().cpu().contiguous()
+            f"{kind}{name}": values[name].to("cpu", torch.float16 if half else torch.float32).contiguous()
             for kind, values in kinds.items()
             for name in self.fitted
         }
@@ -257,7 +264,12 @@ class RotationSet:
         sum_of_values = content_sum([tensors[name] for name in sorted(tensors)], about)
         if about.get("sha256") != sum_of_values:
             raise CareHubError(f"'{path}' is damaged: its sha256 is wrong; fetch it or fit it again.")
-        matrices, moved = ({name: tensors[f"{kind}{name}"] for name in fitted} for kind in (ROTATION, MOVED))
+        half = f"{LOG}{min(fitted)}" in tensors
+        kinds = (LOG if half else ROTATION, MOVED)
+        matrices, moved = ({name: tensors[f"{kind}{name}"] for name in fitted} for kind in kinds)
+        if half:
+            matrices = {name: _from_logs(logs) for name, logs in matrices.items()}
+            moved = {name: _unrounded(basis) for name, basis in moved.items()}
         for name in fitted:
             _check_proper(matrices[name], moved[name], f"'{path}' has no rotations for '{name}'")
         for name in WEIGHTS:
@@ -265,6 +277,32 @@ class RotationSet:
             if name in weights and own_file(beside) and sha256(beside) != weights[name]:
                 raise CareHubError(f"'{path}' was fitted on other weights than '{beside}'; fit it again.")
         return cls(fitted, matrices, **names, weights=weights, moved=moved)
+
+
+def _logs(rotations: Tensor) -> Tensor:
+    """(K, d (d - 1) / 2): log R above the diagonal, row by row, of K proper rotations (K, d, d)."""
+    d = rotations.shape[-1]
+    logs = torch.stack([logarithm(r) for r in Rotation(rotations).matrix])
+    return logs[:, torch.ones(d, d, dtype=torch.bool).triu(1)]
+
+
+def _from_logs(logs: Tensor) -> Tensor:
+    """(K, d, d), the rotations of `_logs`."""
+    d = _dimension(logs.shape[-1])
+    matrix = torch.zeros(len(logs), d, d, dtype=torch.float64)
+    matrix[:, torch.ones(d, d, dtype=torch.bool).triu(1)] = logs.double()
+    return torch.linalg.matrix_exp(matrix - matrix.mT)
+
+
+def _dimension(numbers: int) -> int:
+    """The d of which d (d - 1) / 2 numbers are above the diagonal."""
+    return (1 + math.isqrt(1 + 8 * numbers)) // 2
+
+
+def _unrounded(basis: Tensor) -> Tensor:
+    """A basis (d, r), orthonormal but for float16, after a Newton step to the nearest that is."""
+    basis = basis.double()
+    return basis @ (3 * torch.eye(basis.shape[1]).to(basis) - basis.mT @ basis) / 2
 
 
 def _check_proper(rotations: Tensor, moved: Tensor, failure: str) -> None:
@@ -308,13 +346,17 @@ def _entries(values: Any) -> list[FittedTransformation]:
 def _expected(fitted: dict[str, FittedTransformation], header: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that a file must have, without values. Raises READ_ERRORS."""
     own = {}
-    *_, d = header[f"{ROTATION}{min(fitted)}"].shape
+    half = f"{LOG}{min(fitted)}" in header
+    *_, d = header[f"{LOG if half else ROTATION}{min(fitted)}"].shape
+    d = _dimension(d) if half else d
+    empty = partial(torch.empty, dtype=torch.float16 if half else torch.float32, device="meta")
     for name, found in fitted.items():
         *_, r = header[f"{MOVED}{name}"].shape
         if not 1 <= r <= d:
             raise ValueError(f"{r} of {d} dimensions move")
-        own[f"{ROTATION}{name}"] = torch.empty(len(found.strengths), d, d, device="meta")
-        own[f"{MOVED}{name}"] = torch.empty(d, r, device="meta")
+        rows = (LOG, (d * (d - 1) // 2,)) if half else (ROTATION, (d, d))
+        own[f"{rows[0]}{name}"] = empty(len(found.strengths), *rows[1])
+        own[f"{MOVED}{name}"] = empty(d, r)
     return own
 
 

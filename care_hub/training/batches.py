@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import augment
-from ..augment import AugmentationConfig
+from ..augment import AugmentationConfig, AugmentationParams
 from ..config import TrainConfig
 from ..data.decode import crop_and_resize, resize_and_center_crop
 from ..data.images import Images, StreamedImages
@@ -18,6 +18,7 @@ from ..data.sources import dataset_spec
 from ..schedule import Plan
 
 Batch = Tensor | tuple[Tensor | None, Tensor | None]  # whole images, or the cut crops
+Part = tuple[Tensor, AugmentationParams, AugmentationConfig]  # what `augment.apply` takes
 
 
 def training_augmentation(config: TrainConfig) -> AugmentationConfig:
@@ -73,23 +74,24 @@ def make_views(
 
     def views(
         x: Tensor, kind: AugmentationConfig, stream: str, draws: int, crop: bool | str, stride: int = 1
-    ) -> Tensor:
-        return augment.two_views(x, kind, config.seed, step, stream, draws, rank, processes, crop, stride)
+    ) -> Part:
+        return augment.sample_for(x, kind, config.seed, step, stream, draws, rank, processes, crop, stride)
 
     equivariant = config.weight and step >= start
     if first is not None and equivariant and config.views == "shared":
-        return (views(first, augmentation, "shared", groups, not cut, config.equivariance_stride),)
-    contrastive: tuple[Tensor, ...] = ()
+        shared = views(first, augmentation, "shared", groups, not cut, config.equivariance_stride)
+        return augment.apply_each([shared])
+    parts = []
     if first is not None and not config.steers_alone:
-        contrastive = (views(first, augmentation, "contrastive", len(first) * processes, not cut),)
-    if not equivariant or second is None:
-        return contrastive
-    if not cut:
-        second = second[:: config.equivariance_stride]
-        if not config.equivariance_crop:
-            second = augment.center_crop(second, augmentation.size)
-    own, crop = equivariance_augmentation(config, augmentation), not cut and config.equivariance_crop
-    return *contrastive, views(second, own, "equivariance", groups, crop)
+        parts.append(views(first, augmentation, "contrastive", len(first) * processes, not cut))
+    if equivariant and second is not None:
+        if not cut:
+            second = second[:: config.equivariance_stride]
+            if not config.equivariance_crop:
+                second = augment.center_crop(second, augmentation.size)
+        own, crop = equivariance_augmentation(config, augmentation), not cut and config.equivariance_crop
+        parts.append(views(second, own, "equivariance", groups, crop))
+    return augment.apply_each(parts) if parts else ()
 
 
 @dataclass(frozen=True)
