@@ -110,7 +110,7 @@ def with_verdict(title: str, rows: list[Row]) -> str:
 
 
 @click.command()
-@click.argument("encoder", default="resnet10_w32_small.care_cifar10_color")
+@click.argument("encoder", default="resnet10_w16_small.care_cifar10_color")
 @click.option("--dataset-name", default="imagefolder", show_default=True)
 @click.option("--data-root")
 @click.option("--images", default=1000, show_default=True, help="that fit, and as many that are measured")

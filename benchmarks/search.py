@@ -154,7 +154,7 @@ def measure(
 
 
 @click.command()
-@click.argument("encoder", default="resnet10_w32_small.care_cifar10_color")
+@click.argument("encoder", default="resnet10_w16_small.care_cifar10_color")
 @click.option("--dataset-name", default="imagefolder", show_default=True)
 @click.option("--data-root")
 @click.option("--dataset-label", help="a name for the data set; default: that of its folder")

@@ -25,7 +25,7 @@ from care_hub.embed_folder import PART, write_named_embeddings
 from care_hub.factory import load_encoder
 from care_hub.steering.search import nearest
 
-ENCODER = "resnet10_w32_small.care_cifar10_color"
+ENCODER = "resnet10_w16_small.care_cifar10_color"
 REPEATS = 3
 
 

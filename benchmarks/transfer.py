@@ -12,6 +12,18 @@ The color is a label that follows from the pixels alone. Of the central half of 
 half its width) each channel's median is taken. That color is black if its value (HSV) is below 0.25; else, if
 its saturation is below 0.15, white from a value of 0.7 on and gray below; else it has the nearest of eight
 hues, 45° apart, beginning with red at 0°.
+
+The digits of scikit-learn (1,797 of them, of 8 x 8 pixels) as a folder, every fourth to test:
+
+    python -c "
+    from pathlib import Path
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    digits = load_digits()
+    for k, (image, label) in enumerate(zip(digits.images, digits.target)):
+        folder = Path('digits', 'train' if k % 4 else 'test', str(label))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((255 - image * 15.9).astype('uint8')).convert('RGB').save(folder / f'{k}.png')"
 """
 
 import re
@@ -70,6 +82,8 @@ def measure(encoder: Encoder, train: InMemoryImages, test: InMemoryImages) -> di
         found = [probe_classes(x[few], label[few], x_test, true_label, k) for k, few in enumerate(subsets)]
         figures[f"label_probe_{percent}"] = statistics.mean(found)
     for name in ("hue", "saturation", "brightness"):
+        if true_numbers[name].std() < 1e-6:  # as of gray images
+            continue
         figures[f"{name}_backbone"] = probe_numbers(x, numbers[name], x_test, true_numbers[name])
     return {name: round(value, 4) for name, value in figures.items()}
 

@@ -241,7 +241,7 @@ def measure(found: Embedded, carried: dict[str, Tensor], new: Tensor | None, see
 
 
 @click.command()
-@click.option("--encoder", default="resnet10_w32_small.care_cifar10_color", show_default=True)
+@click.option("--encoder", default="resnet10_w16_small.care_cifar10_color", show_default=True)
 @click.option("--new", help="another encoder, to which embeddings are carried over")
 @click.option("--twin", help="an encoder trained as the first one, but for λ = 0")
 @click.option("--twin-new", help="another one of that kind")

@@ -26,7 +26,7 @@ from care_hub.files import write_text
 from care_hub.rotation import Rotation, least_squares
 from care_hub.transformations import TRANSFORMATIONS
 
-ENCODER, BRIGHTNESS = "resnet10_w32_small.care_cifar10_color", TRANSFORMATIONS["brightness"]
+ENCODER, BRIGHTNESS = "resnet10_w16_small.care_cifar10_color", TRANSFORMATIONS["brightness"]
 STRENGTHS = (0.5, 0.7, 1.4, 2.0)
 IMAGES, QUERIES, FITTED = 2001, 500, (500, 1000, 2000, 4000)
 Map = Callable[[Tensor], Tensor]

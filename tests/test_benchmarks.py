@@ -10,7 +10,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from click import ClickException
-from helpers import ROOT, TINY, command, fitted
+from helpers import ROOT, TINY, care_hub_command, command, fitted
+from safetensors.torch import load_file
 
 import care_hub
 from care_hub import cli
@@ -171,6 +172,21 @@ def test_rotations_of_the_package_belong_to_their_encoders(benchmark_module):
             assert name in rotations.steerable and name.replace("_", " ") in " ".join(about.split())
 
 
+@pytest.mark.slow
+@pytest.mark.launches
+def test_a_run_becomes_an_encoder_that_verifies(benchmark_module, tmp_path, monkeypatch):
+    ship, root = benchmark_module("ship"), str(tmp_path / "runs")
+    command(cli.train, "--save-root", root, "--run-name", "r", *TINY, "--max-steps", "4")
+    monkeypatch.setattr(ship, "SHIPPED", tmp_path)
+    words = (f"{root}/r", "tiny", "--dataset-name", "shapes", "--transform", "brightness=0.5")
+    text = command(ship.main, *words)
+    folder = tmp_path / "tiny"
+    assert "tiny: 0." in text and {*load_file(folder / "rotations.safetensors")} >= {"log.brightness"}
+    assert {v.dtype for v in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    said = care_hub_command("verify", folder)
+    assert "none differ" in said and "rotations by brightness" in said
+
+
 @pytest.fixture
 def results(benchmark_module, tmp_path, monkeypatch):
     """A repository of its own, for the tables."""
@@ -307,3 +323,19 @@ def test_uses_and_search_are_measured_and_shown(benchmark_module, results, monke
     )
     assert re.search(r"\| another light, the same image found, % \| [\d.]+ \|", page)
     assert re.search(r"\| \| brightness, (not )?steerable \|", page) and "right version on top" in page
+
+
+@pytest.mark.slow
+@pytest.mark.launches
+def test_the_page_says_how_many_pairs_a_rotation_needs(benchmark_module):
+    words = ("resnet10_w16_small.care_shapes", "--dataset-name", "shapes")
+    head, rule, *rows = command(benchmark_module("pairs").main, *words).strip().splitlines()
+    page = (ROOT / "docs" / "rotations.md").read_text(encoding="utf-8")
+    stated = page[page.index(f"{head}\n{rule}") :].splitlines()[2 : 2 + len(rows)]
+
+    def cells(row: str) -> list[str]:
+        return [cell.strip() for cell in row.strip("|").split("|")]
+
+    for row, other in zip(map(cells, rows), map(cells, stated), strict=True):
+        assert row[0] == other[0]
+        assert [*map(float, row[1:])] == pytest.approx([*map(float, other[1:])], abs=2e-3)

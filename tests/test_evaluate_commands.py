@@ -131,7 +131,7 @@ def test_fine_tuning_makes_another_encoder_with_its_head(encoder, photos, tmp_pa
 
 
 def test_a_head_is_saved_where_the_user_says(photos, tmp_path):
-    name = care_hub.list_models(pretrained=True)[0]
+    name = "resnet10_w16_small.care_shapes"
     result = eval_linear(name, *on(photos, "--output-dir", tmp_path / "o"))
     assert (result["n_train"], result["n_test"], result["top5"]) == (48, 16, 100)
     classifier = care_hub.load_classifier(tmp_path / "o", dataset=photos.name)
@@ -283,7 +283,7 @@ def test_what_can_not_be_compared_is_refused(encoder, photos, tmp_path):
 
 def test_transfer_to_real_photos(shared, tmp_path):
     """Trained on rendered shapes, probed on photos of clothes: better than the most frequent class."""
-    name = care_hub.list_models(pretrained=True)[0]
+    name = "resnet10_w16_small.care_shapes"
     result = eval_linear(name, *on(shared("data/clothing"), "--output-dir", tmp_path / "o"))
     assert result["top1"] > 30 and (tmp_path / "o" / "linear_head.clothing.safetensors").is_file()
 

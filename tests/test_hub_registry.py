@@ -18,9 +18,7 @@ from care_hub.registry import Entry
 
 
 def test_an_encoder_of_the_package_loads_offline_and_knows_shapes():
-    name = care_hub.list_models(pretrained=True)[0]
-    folder = registry.entries()[name].folder
-    assert sum(p.stat().st_size for p in folder.iterdir()) < 2_000_000
+    name = "resnet10_w16_small.care_shapes"
     table = shapes.make("test").select(range(300))
     labels, _ = care_hub.load_classifier(name, dataset="shapes").classify(table["image"])
     right = np.mean([label == shapes.SHAPES[k] for label, k in zip(labels, table["label"], strict=True)])
@@ -28,6 +26,12 @@ def test_an_encoder_of_the_package_loads_offline_and_knows_shapes():
     assert right > 0.5 and abs(100 * right - top1) < 12  # 300 of the 2,000 images behind `top1`
     z = care_hub.load_encoder(name).encode(table["image"][:4])
     np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, atol=1e-5)
+
+
+def test_encoders_of_the_package_are_small():
+    folders = [registry.entries()[name].folder for name in care_hub.list_models(pretrained=True)]
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
+    assert len(sizes) == 5 and max(sizes) <= 3e6 and sum(sizes) <= 12e6
 
 
 def test_a_misspelt_folder_is_told_first_then_what_the_hub_says(server, tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def test_whatever_was_changed_is_named(measured, photos, tmp_path):
 def test_what_can_not_be_measured_here_is_said(measured, photos, tmp_path):
     said = verify(measured, status=3)
     assert f"{photos.name} (no copy at hand; not public); train (no copy at hand; not public)." in said
-    said = verify("resnet10_w32_small.care_cifar10_color", status=3)
+    said = verify("resnet10_w16_small.care_cifar10_color", status=3)
     assert "cifar10 (no copy at hand; it is 'uoft-cs/cifar10' on the Hub)." in said
     fewer = shutil.copytree(photos, tmp_path / photos.name)
     next((fewer / "test" / "warm").iterdir()).unlink()
@@ -157,7 +157,7 @@ def test_the_augmentation_of_another_encoder_is_recorded_as_it_is():
     [
         ("resnet10_w16_small.care_shapes", None),
         ("resnet10_w32_small.care_cifar10", "data/cifar10"),
-        ("resnet10_w32_small.care_cifar10_color", "data/cifar10"),
+        ("resnet10_w16_small.care_cifar10_color", "data/cifar10"),
         ("resnet10_w32_small.care_clothing", "data/clothing"),
         ("resnet10_w32_small.simclr_cifar10", "data/cifar10"),
     ],
