@@ -3,8 +3,8 @@
     python benchmarks/augmentation.py --batch 1024 --size 32
 
 Parameters are sampled per image, and per each of 8 groups; medians. "sampling_ms": the CPU's part of a CARE
-step with 16 groups. "tensors_sent": to the device, in such a step; counted on the device "meta", which
-computes nothing, and where waiting for the device would be an error.
+step with 16 groups. "tensors_sent": to the device, in such a step, and "operations", all that torch is asked
+for; counted on the device "meta", which computes nothing, and where waiting for the device would be an error.
 """
 
 import json
@@ -25,13 +25,15 @@ from care_hub.training.batches import make_views
 
 
 class Sent(TorchDispatchMode):
-    """The bytes of each tensor that leaves the CPU meanwhile."""
+    """The bytes of each tensor that leaves the CPU meanwhile, and how many operations there are."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: list[int] = []
+        self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
         answer = func(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, answer)) if isinstance(x, Tensor)]
         if any(x.device.type != "cpu" for x in tensors):
@@ -39,14 +41,14 @@ class Sent(TorchDispatchMode):
         return answer
 
 
-def bytes_sent(config: TrainConfig, size: int) -> list[int]:
-    """Of each tensor that choosing a batch and making its views sends to a device."""
+def sent_by_a_step(config: TrainConfig, size: int) -> Sent:
+    """By choosing a batch and making its views, to a device."""
     pixels = torch.zeros(4 * config.batch_size, 3, size, size, dtype=torch.uint8, device="meta")
     images, index = InMemoryImages(size, None, None, pixels), torch.arange(config.batch_size)
     with Sent() as sent:
         (batch,) = images.batches([index])
         make_views(batch, config, augment.AugmentationConfig(size), 0, 0, 1)
-    return sent.bytes
+    return sent
 
 
 def sampling_ms(batch: int, size: int, repeats: int) -> float:
@@ -84,13 +86,14 @@ def main(batch: int, size: int, repeats: int) -> None:
     # As after any step of a network: glibc keeps freed blocks once it has freed a large one.
     torch.ones(7 << 20)
     about = {"device": str(device), "threads": torch.get_num_threads(), "batch": batch, "size": size}
-    sent = bytes_sent(TrainConfig(batch_size=batch, equiv_splits=16, weight_start_epochs=0), size)
+    sent = sent_by_a_step(TrainConfig(batch_size=batch, equiv_splits=16, weight_start_epochs=0), size)
     times = {
         "per_image_ms": augmentation_ms(images, batch, repeats),
         "per_group_ms": augmentation_ms(images, 8, repeats),
         "sampling_ms": sampling_ms(batch, size, repeats),
-        "tensors_sent": len(sent),
-        "kib_sent": round(sum(sent) / 1024),
+        "tensors_sent": len(sent.bytes),
+        "kib_sent": round(sum(sent.bytes) / 1024),
+        "operations": sent.operations,
     }
     print(json.dumps(about | times))
 

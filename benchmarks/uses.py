@@ -2,8 +2,8 @@
 
     python benchmarks/uses.py --data-root CIFAR10 \\
         --encoder resnet10_w32_small.care_cifar10 --twin resnet10_w32_small.simclr_cifar10
-    python benchmarks/uses.py --data-root CIFAR10 --twin runs/paper/cifar10_small-longer-0 \\
-        --new runs/paper/cifar10_small-steering-first-1 --twin-new runs/paper/cifar10_small-longer-1
+    python benchmarks/uses.py --data-root CIFAR10 --twin resnet10_w32_small.simclr_cifar10 \\
+        --new runs/zoo/color-1
 
 On images that neither was trained on, for the encoder and for its twin without the equivariance
 loss (λ = 0):
