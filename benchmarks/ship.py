@@ -1,7 +1,7 @@
 """Make a run an encoder of the package: half as many bytes, no head but the one that rotates, measured anew.
 
-    python benchmarks/ship.py runs/paper/cifar10_small-steering-first-0 \
-        resnet10_w16_small.care_cifar10_color --dataset-name cifar10 --data-root CIFAR10
+    python benchmarks/ship.py runs/zoo/color resnet10_w16_small.care_cifar10_color \
+        --dataset-name cifar10 --data-root CIFAR10 --transform hue --transform white_balance
 
 Writes care_hub/pretrained/NAME, without pictures and without what SentenceTransformer reads, which is another
 copy of the head: saving and pushing make it. With --transform there are rotations, too, of the test images

@@ -1,15 +1,17 @@
-"""The table of the encoders in the package, read from their folders, in docs/encoders.md.
+"""The table of the encoders in the package, read from their folders: docs/encoders.md and results/zoo.json.
 
     python benchmarks/zoo.py
 
 Every figure is one that the encoder's card states and `care-hub verify NAME` measures again.
 """
 
+import json
 from pathlib import Path
 
 import click
 from result_tables import ROOT, write_section
 
+from care_hub.files import write_text
 from care_hub.hub.evaluation_record import read_record
 from care_hub.hub.export import read_config
 from care_hub.hub.linear_head import LinearHead, head_files
@@ -42,9 +44,10 @@ def row_of(folder: Path) -> list[str]:
 
 @click.command()
 def main() -> None:
-    rows = [HEADER, ["---"] * len(HEADER)]
-    rows += [row_of(config.parent) for config in sorted(SHIPPED.glob("*/config.json"))]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [row_of(config.parent) for config in sorted(SHIPPED.glob("*/config.json"))]
+    about = [dict(zip(HEADER, row, strict=True)) for row in rows]
+    write_text(ROOT / "results" / "zoo.json", json.dumps(about, indent=2) + "\n")
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (HEADER, ["---"] * len(HEADER), *rows))
     write_section(ROOT / "docs" / "encoders.md", table)
     click.echo(table)
 

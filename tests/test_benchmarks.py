@@ -1,6 +1,7 @@
 """Benchmarks: what is compared is what the table says, and a label that they make up follows its rule."""
 
 import importlib
+import json
 import math
 import re
 from types import ModuleType
@@ -159,6 +160,12 @@ def test_the_page_of_encoders_says_what_their_folders_say(benchmark_module):
     assert rows == [f"| {' | '.join(zoo.row_of(folder))} |" for folder in folders]
     for row in rows:
         assert re.search(rf"^- {row.split(' | ')[0][2:]}", page, flags=re.MULTILINE), "no word on it"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for about in json.loads((ROOT / "results" / "zoo.json").read_text()):
+        (row,) = re.findall(rf"^\| {about['name']} \|.+$", readme, flags=re.MULTILINE)
+        *_, probe, neighbors, color = row.removesuffix(" |").split(" | ")
+        assert (probe, neighbors) == (about["linear probe"], about["kNN"])
+        assert color == f"{float(about['color'].split()[0]):.0f} %"
 
 
 def test_rotations_of_the_package_belong_to_their_encoders(benchmark_module):
@@ -179,8 +186,10 @@ def test_a_run_becomes_an_encoder_that_verifies(benchmark_module, tmp_path, monk
     command(cli.train, "--save-root", root, "--run-name", "r", *TINY, "--max-steps", "4")
     monkeypatch.setattr(ship, "SHIPPED", tmp_path)
     words = (f"{root}/r", "tiny", "--dataset-name", "shapes", "--transform", "brightness=0.5")
-    text = command(ship.main, *words)
+    text = command(ship.main, *words, "--hidden", "16")
     folder = tmp_path / "tiny"
+    shape = care_hub.load_encoder(folder).config.projection
+    assert (shape.hidden, shape.outputs) == (16, 16)
     assert "tiny: 0." in text and {*load_file(folder / "rotations.safetensors")} >= {"log.brightness"}
     weights = [v for v in load_file(folder / "model.safetensors").values() if v.ndim > 1]
     assert {v.dtype for v in weights} == {torch.float16}

@@ -141,7 +141,7 @@ def test_what_can_not_be_shown_ends_in_one_sentence(made, photos, tmp_path):
     def refused(encoder, images, output=tmp_path / "page.html"):
         return care_hub_command("demo", encoder, "--images", images, "-o", output, ok=False)
 
-    assert "fit them with `care-hub rotations`" in refused(ENCODER, photos)
+    assert "fit them with `care-hub rotations`" in refused("resnet10_w32_small.simclr_cifar10", photos)
     assert "no file or folder" in refused(folder, tmp_path / "absent")
     assert "is a folder" in refused(folder, photos, tmp_path)
     assert "does not exist" in refused(folder, photos, tmp_path / "absent" / "page.html")
