@@ -19,6 +19,8 @@ from care_hub.registry import Entry
 
 def test_an_encoder_of_the_package_loads_offline_and_knows_shapes():
     name = "resnet10_w16_small.care_shapes"
+    folder = registry.entries()[name].folder
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 2_000_000
     table = shapes.make("test").select(range(300))
     labels, _ = care_hub.load_classifier(name, dataset="shapes").classify(table["image"])
     right = np.mean([label == shapes.SHAPES[k] for label, k in zip(labels, table["label"], strict=True)])
